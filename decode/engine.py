@@ -1,0 +1,141 @@
+"""The decode loop: one thread, continuous batching, one step for all running sequences at a time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+
+import torch
+
+from kvferry.decode.attention import DecodeStep
+from kvferry.decode.cache import PackedCache
+from kvferry.decode.sequence import Sequence, TokenEvent
+from kvferry.kernels.forward import CausalModel, padded_rows
+from kvferry.kernels.packed import PackedKernels
+from kvferry.kernels.sampling import finish_reason, sample
+
+logger = logging.getLogger(__name__)
+
+
+class DecodeEngine:
+    """Runs sequences until they finish. They join and leave between steps.
+
+    The batch is padded to a row count at which a row's bits don't depend on the count, so a sequence's tokens don't
+    depend on its company.
+    """
+
+    def __init__(self, model: CausalModel, kernels: PackedKernels, cache: PackedCache) -> None:
+        self._model = model
+        self._kernels = kernels
+        self._cache = cache
+        self._joining: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._loop, name="decode-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running) + len(self._joining)
+
+    def add(self, sequence: Sequence) -> None:
+        with self._wake:
+            if self._closing:
+                raise RuntimeError("the decode engine is closed")
+            self._joining.append(sequence)
+            self._wake.notify()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """The sequence leaves before the next step; `on_released` tells when."""
+        with self._wake:
+            sequence.cancelled = True
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Ends the thread after the running step; sequences that are left get `on_error`."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while self._gather():
+            try:
+                self._step(self._running)
+            except Exception as error:  # a failed step ends its sequences, not the worker
+                logger.exception("decode step failed")
+                for sequence in self._running:
+                    self._fail(sequence, error)
+                self._running = []
+        for sequence in (*self._running, *self._joining):
+            self._fail(sequence, RuntimeError("the decode worker is shutting down"))
+
+    def _gather(self) -> bool:
+        """Waits until there is something to decode; False when the engine is closing."""
+        with self._wake:
+            while True:
+                self._running.extend(self._joining)
+                self._joining.clear()
+                for sequence in [s for s in self._running if s.cancelled]:
+                    self._running.remove(sequence)
+                    sequence.on_released()
+                if self._closing or self._running:
+                    return not self._closing
+                self._wake.wait()
+
+    def _step(self, sequences: list[Sequence]) -> None:
+        """Computes one token of every sequence; removes those that end."""
+        for sequence in sequences:
+            sequence.tail_len += 1
+        batch = self._cache.batch(
+            block_tables=[s.block_table for s in sequences],
+            slots=[s.slot for s in sequences],
+            tail_lens=[s.tail_len for s in sequences],
+        )
+        padding = [0] * (padded_rows(len(sequences)) - len(sequences))
+        device = self._cache.device
+        hidden = self._model.hidden(
+            torch.tensor([s.last_token for s in sequences] + padding, device=device),
+            torch.tensor([s.position for s in sequences] + padding, device=device),
+            DecodeStep(self._cache, batch, self._kernels),
+        )
+        logits = self._model.logits(hidden)
+        self._running = [
+            sequence for row, sequence in enumerate(sequences) if self._finish_token(sequence, logits[row])
+        ]
+
+    def _finish_token(self, sequence: Sequence, logits: torch.Tensor) -> bool:
+        """Samples and reports one sequence's token; False when the sequence has ended."""
+        try:
+            token = sample(logits, sequence.sampling, sequence.history)
+            index = sequence.history.num_output
+            sequence.history.append(token.token_id)
+            reason = finish_reason(token.token_id, sequence.history, sequence.sampling)
+            if not reason and sequence.tail_len == self._cache.layout.block_size:
+                self._pack_tail(sequence)
+        except ValueError as error:
+            self._fail(sequence, error)
+            return False
+        sequence.last_token = token.token_id
+        if not sequence.cancelled:
+            sequence.on_token(TokenEvent(index, token, reason))
+        if reason:
+            sequence.on_released()
+        return not reason
+
+    def _pack_tail(self, sequence: Sequence) -> None:
+        self._cache.pack_tail(
+            sequence.slot,
+            sequence.block_ids[sequence.num_blocks],
+            first=sequence.num_blocks == 0,
+        )
+        sequence.num_blocks += 1
+        sequence.tail_len = 0
+
+    @staticmethod
+    def _fail(sequence: Sequence, error: Exception) -> None:
+        if not sequence.cancelled:
+            sequence.on_error(error)
+        sequence.on_released()

@@ -1,0 +1,167 @@
+"""Fills a sequence's blocks: from this worker's pool, from the store, or straight from the prefill worker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvferry.decode.cache import PackedCache
+from kvferry.kvstore.client import StoreClient
+from kvferry.kvstore.codec import Record, decode_record
+from kvferry.kvstore.errors import KVStoreError
+
+logger = logging.getLogger(__name__)
+
+MAX_RECORD_OVERHEAD = 4096
+"""Most bytes of a record that are not payload."""
+
+
+@dataclass
+class TransferUsage:
+    """Bytes that crossed to this worker for one request; records count whole, headers included."""
+
+    store_bytes_read: int = 0
+    store_tokens_read: int = 0
+    handoff_bytes: int = 0
+    handoff_tokens: int = 0
+
+
+@dataclass
+class _Incoming:
+    """The record that the prefill worker is sending now."""
+
+    index: int
+    record_bytes: int
+    buffer: bytearray
+
+
+class BlockFetcher:
+    """Loads the complete blocks of one prompt into the pool.
+
+    `missing` are the indices that the pool does not hold yet. `announce` is called as prefill finishes blocks; those
+    that the store does not give are asked for with `ask_prefill` and come in through `receive`. `loaded` is called
+    with each index once its block is in the pool.
+    """
+
+    def __init__(
+        self,
+        *,
+        keys: list[bytes],
+        namespace: bytes,
+        block_ids: list[int],
+        missing: set[int],
+        cache: PackedCache,
+        store: StoreClient | None,
+        ask_prefill: Callable[[list[int]], Awaitable[None]],
+        loaded: Callable[[int], None],
+        timeout_s: float,
+    ) -> None:
+        self._keys = keys
+        self._namespace = namespace
+        self._block_ids = block_ids
+        self._missing = missing
+        self._cache = cache
+        self._store = store
+        self._ask_prefill = ask_prefill
+        self._loaded = loaded
+        self._timeout_s = timeout_s
+        self._in_store: asyncio.Queue[int] = asyncio.Queue()
+        self._elsewhere: asyncio.Queue[int] = asyncio.Queue()
+        self._complete = asyncio.Event()
+        self._incoming: _Incoming | None = None
+        self.usage = TransferUsage()
+        if not missing:
+            self._complete.set()
+
+    def announce(self, index: int, *, in_store: bool) -> None:
+        """Prefill has block `index`."""
+        if index in self._missing:
+            (self._in_store if in_store and self._store else self._elsewhere).put_nowait(index)
+
+    def receive(self, index: int, record_bytes: int, chunk: bytes) -> None:
+        """A frame of a record that the prefill worker sends. Raises BlockCorrupt or ValueError for a bad one."""
+        if record_bytes:
+            limit = self._cache.layout.payload_bytes(index) + MAX_RECORD_OVERHEAD
+            if index not in self._missing or record_bytes > limit:
+                raise ValueError(f"prefill sent block {index}, which nobody asked for")
+            self._incoming = _Incoming(index, record_bytes, bytearray())
+        incoming = self._incoming
+        if incoming is None or incoming.index != index:
+            raise ValueError(f"prefill sent a frame of block {index} out of turn")
+        incoming.buffer += chunk
+        if len(incoming.buffer) < incoming.record_bytes:
+            return
+        self._incoming = None
+        record = decode_record(
+            bytes(incoming.buffer),
+            expected_key=self._keys[index],
+            expected_namespace=self._namespace,
+        )
+        self.usage.handoff_bytes += record.nbytes
+        self.usage.handoff_tokens += record.header.num_tokens
+        self._load(index, record)
+
+    async def run(self) -> None:
+        """Ends when every missing block is loaded."""
+        tasks = [
+            asyncio.create_task(self._from_store()),
+            asyncio.create_task(self._from_prefill()),
+            asyncio.create_task(self._complete.wait()),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _from_store(self) -> None:
+        assert self._store is not None or self._in_store.empty()
+        while True:
+            wanted = await _drain(self._in_store)
+            got = 0
+            try:
+                assert self._store is not None
+                async for record in self._store.get(
+                    [self._keys[i] for i in wanted],
+                    lease_id=0,
+                    namespace=self._namespace,
+                    timeout_s=self._timeout_s,
+                ):
+                    self._load(wanted[got], record)
+                    self.usage.store_bytes_read += record.nbytes
+                    self.usage.store_tokens_read += record.header.num_tokens
+                    got += 1
+            except (KVStoreError, ValueError) as error:
+                logger.warning("blocks are fetched from the prefill worker instead: %s", error)
+                for index in wanted[got:]:
+                    self._elsewhere.put_nowait(index)
+
+    async def _from_prefill(self) -> None:
+        while True:
+            await self._ask_prefill(await _drain(self._elsewhere))
+
+    def _load(self, index: int, record: Record) -> None:
+        header = record.header
+        if header.block_index != index or header.num_tokens != self._cache.layout.block_size:
+            raise ValueError(f"the record says block {header.block_index}, not {index}")
+        payload = torch.from_numpy(np.frombuffer(record.payload, np.uint8).copy())
+        self._cache.load_block(self._block_ids[index], payload, index)
+        self._missing.discard(index)
+        self._loaded(index)
+        if not self._missing:
+            self._complete.set()
+
+
+async def _drain(queue: asyncio.Queue[int]) -> list[int]:
+    """All that is queued, at least one."""
+    items = [await queue.get()]
+    while not queue.empty():
+        items.append(queue.get_nowait())
+    return sorted(items)

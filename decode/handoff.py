@@ -1,0 +1,92 @@
+"""Takes one prompt over from prefill: first token, blocks and tail, while prefill still runs."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Any, Self
+
+from kvferry.decode.fetch import BlockFetcher
+from kvferry.decode.prefill_stream import PrefillStream
+from kvferry.proto import worker_pb2
+
+
+class HandoffReceiver:
+    """Reads a Prefill stream and feeds the fetcher. Entering the context starts the prefill; leaving it stops
+    whatever of it is still running. Every method raises PrefillFailed when the prefill worker fails."""
+
+    def __init__(self, stream: PrefillStream, fetcher: BlockFetcher) -> None:
+        self._stream = stream
+        self._fetcher = fetcher
+        self._first: asyncio.Future[worker_pb2.TokenChunk] = asyncio.Future()
+        self._tail: asyncio.Future[bytes] = asyncio.Future()
+        self._finished: asyncio.Future[worker_pb2.PrefillUsage] = asyncio.Future()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        await self._stream.__aenter__()
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._fetcher.run())]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._stream.__aexit__(kind, error, trace)
+
+    async def first_token(self) -> worker_pb2.TokenChunk:
+        """The token that prefill sampled; its blocks may still be on the way."""
+        await self._until(self._first)
+        return self._first.result()
+
+    async def complete(self) -> bytes:
+        """Waits until every block is in the pool; returns the tail."""
+        await self._until(self._tail)
+        await self._until(self._tasks[1])
+        await self._stream.done()
+        return self._tail.result()
+
+    async def finished(self, timeout_s: float) -> worker_pb2.PrefillUsage:
+        """Prefill's account of the request; empty when it is still publishing after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._until(self._finished)
+        except TimeoutError:
+            return worker_pb2.PrefillUsage()
+        return self._finished.result()
+
+    async def _until(self, wanted: asyncio.Future[Any]) -> None:
+        """Waits for `wanted`; raises instead when one of the tasks fails before."""
+        while not wanted.done():
+            pending = [task for task in self._tasks if not task.done()]
+            await asyncio.wait([wanted, *pending], return_when=asyncio.FIRST_COMPLETED)
+            for task in self._tasks:
+                if task.done():
+                    task.result()
+
+    async def _read(self) -> None:
+        tail, tail_bytes = bytearray(), -1
+        async for event in self._stream.events():
+            match event.WhichOneof("event"):
+                case "block_ready":
+                    ready = event.block_ready
+                    self._fetcher.announce(ready.index, in_store=ready.in_store)
+                case "block":
+                    frame = event.block
+                    self._fetcher.receive(frame.index, frame.record_bytes, frame.chunk)
+                case "handoff":
+                    tail_bytes = event.handoff.tail_bytes
+                    self._first.set_result(event.handoff.first_token)
+                case "tail_chunk":
+                    tail += event.tail_chunk
+                case "finished":
+                    self._finished.set_result(event.finished)
+            if len(tail) == tail_bytes and not self._tail.done():
+                self._tail.set_result(bytes(tail))
+        if not self._finished.done():
+            raise ValueError("the prefill worker ended the stream before it had finished")

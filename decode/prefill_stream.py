@@ -1,0 +1,104 @@
+"""The decode worker's end of a Prefill stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from kvferry.proto import worker_pb2, worker_pb2_grpc
+
+KEEPALIVE_OPTIONS = (
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+class PrefillFailed(Exception):
+    """The prefill worker refused the request, failed or is gone. `code` is the status to pass on."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class PrefillChannels:
+    """One channel for each prefill worker address, kept open."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def get(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=KEEPALIVE_OPTIONS)
+        return self._channels[address]
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+
+class PrefillStream:
+    """One request's stream to a prefill worker; leaving the context releases its blocks there."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        address: str,
+        start: worker_pb2.PrefillStart,
+        *,
+        timeout_s: float,
+    ) -> None:
+        self._address = address
+        self._start = start
+        stub = worker_pb2_grpc.PrefillStub(channel)
+        self._call = stub.Prefill(timeout=timeout_s)
+        self._write_lock = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        await self._write(worker_pb2.PrefillCommand(start=self._start))
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._call.cancel()
+
+    async def ask(self, indices: list[int]) -> None:
+        """Asks for blocks that the store does not give."""
+        send = worker_pb2.SendBlocks(indices=indices)
+        await self._write(worker_pb2.PrefillCommand(send_blocks=send))
+
+    async def done(self) -> None:
+        """Tells the worker that nothing more will be asked for."""
+        await self._call.done_writing()
+
+    async def events(self) -> AsyncIterator[worker_pb2.PrefillEvent]:
+        """The worker's events up to the end of the stream. Raises PrefillFailed."""
+        try:
+            async for event in self._call:
+                yield event
+        except grpc.aio.AioRpcError as error:
+            raise self._failure(error) from error
+
+    async def _write(self, command: worker_pb2.PrefillCommand) -> None:
+        try:
+            async with self._write_lock:
+                await self._call.write(command)
+        except grpc.aio.AioRpcError as error:
+            raise self._failure(error) from error
+        except asyncio.InvalidStateError as error:  # the call has ended; its status says why
+            code = await self._call.code()
+            details = await self._call.details()
+            raise PrefillFailed(code, f"prefill worker {self._address}: {details}") from error
+
+    def _failure(self, error: grpc.aio.AioRpcError) -> PrefillFailed:
+        return PrefillFailed(error.code(), f"prefill worker {self._address}: {error.details()}")

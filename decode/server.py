@@ -1,0 +1,110 @@
+"""The decode worker on the wire: `DecodeWorker` behind the Decode service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import grpc
+
+from kvferry.decode.admission import RequestTooLarge, WorkerFull
+from kvferry.decode.config import DecodeConfig
+from kvferry.decode.prefill_stream import PrefillChannels, PrefillFailed, PrefillStream
+from kvferry.decode.worker import Answer, DecodeWorker, RequestUsage
+from kvferry.kernels.sampling import SamplingParams
+from kvferry.kvstore.identity import namespace_of
+from kvferry.proto import worker_pb2, worker_pb2_grpc
+
+Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.TokenChunk]
+
+
+class DecodeServicer(worker_pb2_grpc.DecodeServicer):
+    """Checks requests, runs them on the worker and translates its answers."""
+
+    def __init__(self, *, worker: DecodeWorker, info: worker_pb2.WorkerInfo, config: DecodeConfig) -> None:
+        self._worker = worker
+        self._info = info
+        self._config = config
+        self._channels = PrefillChannels()
+
+    async def close(self) -> None:
+        await self._channels.close()
+
+    async def Generate(
+        self, request: worker_pb2.DecodeRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.TokenChunk]:
+        await self._check(request, context)
+        answers = self._worker.generate(
+            token_ids=list(request.token_ids),
+            sampling=SamplingParams.of(request.sampling),
+            namespace=namespace_of(self._info.identity, tenant=request.tenant, block_size=self._info.block_size),
+            open_prefill=lambda: self._open_prefill(request, context),
+        )
+        try:
+            async with aclosing(answers):
+                async for answer in answers:
+                    yield answer_to_pb(answer)
+        except RequestTooLarge as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except WorkerFull as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except PrefillFailed as error:
+            await context.abort(error.code, str(error))
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INTERNAL, f"decode failed: {error}")
+
+    async def _check(self, request: worker_pb2.DecodeRequest, context: Context) -> None:
+        total = len(request.token_ids) + request.sampling.max_tokens
+        problem = ""
+        if not request.token_ids:
+            problem = "the prompt has no tokens"
+        elif request.sampling.max_tokens < 1:
+            problem = "max_tokens must be at least 1"
+        elif total > self._info.max_model_len:
+            problem = (
+                f"{len(request.token_ids)} prompt tokens and max_tokens {request.sampling.max_tokens} "
+                f"are over the model's {self._info.max_model_len}"
+            )
+        elif not request.tenant or not request.prefill_address:
+            problem = "tenant and prefill_address must be set"
+        if problem:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+
+    def _open_prefill(self, request: worker_pb2.DecodeRequest, context: Context) -> PrefillStream:
+        start = worker_pb2.PrefillStart(
+            request_id=request.request_id,
+            tenant=request.tenant,
+            token_ids=request.token_ids,
+            sampling=request.sampling,
+            identity=self._info.identity,
+        )
+        remaining = context.time_remaining()
+        return PrefillStream(
+            self._channels.get(request.prefill_address),
+            request.prefill_address,
+            start,
+            timeout_s=self._config.prefill_timeout_s if remaining is None else remaining,
+        )
+
+
+def answer_to_pb(answer: Answer) -> worker_pb2.TokenChunk:
+    event = answer.event
+    index, token, reason = event.index, event.token, event.finish_reason
+    return worker_pb2.TokenChunk(
+        index=index,
+        token_id=token.token_id,
+        logprob=token.logprob or 0.0,
+        top_logprobs=[worker_pb2.TokenLogprob(token_id=i, logprob=p) for i, p in token.top_logprobs],
+        finish_reason=reason,
+        usage=usage_to_pb(answer.usage) if reason else None,
+    )
+
+
+def usage_to_pb(usage: RequestUsage) -> worker_pb2.DecodeUsage:
+    return worker_pb2.DecodeUsage(
+        prefill=usage.prefill,
+        num_local_tokens=usage.num_local_tokens,
+        transfer_seconds=usage.transfer_seconds,
+        decode_seconds=usage.decode_seconds,
+        **vars(usage.transfer),
+    )

@@ -1,0 +1,1 @@
+"""The outside: gateway, command line, settings and the Ray application."""

@@ -1,0 +1,103 @@
+"""A transformers model behind the `CausalModel` seam.
+
+The model's own forward runs unchanged; only its attention is replaced, through transformers' attention interface.
+The attention function finds the current `AttentionStep` in the keyword arguments of the forward call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+from kvferry.kernels.forward import AttentionStep
+
+ATTENTION_NAME = "kvferry_packed"
+SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+class UnsupportedModel(ValueError):
+    """The model's family or shape is not one that kvferry serves."""
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    kv_step: AttentionStep,
+    **_: Any,  # transformers passes options of other implementations
+) -> tuple[Tensor, None]:
+    """query [1, Hq, n, D], key, value [1, H, n, D] -> [1, n, Hq, D]."""
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    out = kv_step.attend(
+        layer,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling,
+    )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Raises UnsupportedModel, naming what is not supported and what is."""
+    family = config.model_type
+    if family not in SUPPORTED_FAMILIES:
+        raise UnsupportedModel(
+            f"model family {family!r} is not supported; kvferry serves {', '.join(SUPPORTED_FAMILIES)}"
+        )
+    layer_types = getattr(config, "layer_types", None) or []
+    if any(kind != "full_attention" for kind in layer_types):
+        raise UnsupportedModel(
+            f"this {family} model has layers of kind {sorted(set(layer_types))}; only full attention is supported"
+        )
+
+
+class TransformersModel:
+    """`CausalModel` over a loaded transformers model. Sets the model's attention implementation."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        check_supported(model.config)
+        model.set_attn_implementation(ATTENTION_NAME)
+        self._model = model.eval()
+        config = model.config
+        self.num_layers: int = config.num_hidden_layers
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.vocab_size: int = config.vocab_size
+        self.max_model_len: int = config.max_position_embeddings
+        self.hidden_size: int = config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    @torch.inference_mode()
+    def hidden(self, token_ids: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
+        out = self._model.model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            kv_step=step,
+        )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._model.lm_head(hidden).float()
+        return logits

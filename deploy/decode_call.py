@@ -1,0 +1,98 @@
+"""One call to a decode worker, and what its failures mean to the client."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+
+import grpc
+
+from kvferry.deploy.answer import Answer
+from kvferry.deploy.errors import (
+    BrokenStream,
+    DeadlineExceeded,
+    InvalidRequest,
+    NoWorker,
+    Overloaded,
+    RequestError,
+    WorkerFailed,
+    WorkerLost,
+)
+from kvferry.deploy.interceptor import RETRY_AFTER_KEY
+from kvferry.deploy.worker_pool import PooledWorker
+from kvferry.proto import inference_pb2, worker_pb2
+
+_END_OF_STREAM_S = 1.0
+_MAX_DETAILS = 300
+_DEFAULT_RETRY_MS = 1_000
+
+
+async def decode(
+    worker: PooledWorker, request: worker_pb2.DecodeRequest, answer: Answer, deadline: float
+) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
+    """The answer's chunks, to its end or to a stop string. Leaving early cancels the worker's call at once."""
+    call = worker.decode.Generate(request, timeout=max(deadline - time.monotonic(), 0.001))
+    try:
+        async for worker_chunk in call:
+            chunk = answer.add(worker_chunk)
+            yield chunk
+            if worker_chunk.finish_reason:
+                await _end_of_stream(call)
+            if chunk.finish_reason:
+                return
+        raise BrokenStream(f"The worker's answer broke off after {answer.num_tokens} tokens without a finish reason.")
+    except grpc.aio.AioRpcError as error:
+        raise request_error(error, num_tokens=answer.num_tokens) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise _lost(answer.num_tokens) from None  # it is the worker that cancelled
+    finally:
+        call.cancel()
+
+
+def request_error(error: grpc.aio.AioRpcError, *, num_tokens: int) -> RequestError:
+    """What the client is told. Details pass only where workers write them for callers."""
+    match error.code():
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
+            return _lost(num_tokens)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(f"The request's time was over after {num_tokens} tokens.")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Overloaded(f"The worker is full: {_details(error)}", retry_after_ms=_retry_after_ms(error))
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return InvalidRequest(f"The worker refuses the request: {_details(error)}")
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return NoWorker(f"The workers do not fit together: {_details(error)}")
+        case grpc.StatusCode.DATA_LOSS:
+            return BrokenStream(f"The worker found data missing or damaged after {num_tokens} tokens.")
+        case code:
+            return WorkerFailed(f"The worker failed with {code.name} after {num_tokens} tokens.")
+
+
+def _lost(num_tokens: int) -> WorkerLost:
+    if num_tokens == 0:
+        return WorkerLost("The worker went away before the first token.")
+    return WorkerLost(f"The worker went away after {num_tokens} tokens; send the request again.")
+
+
+def _details(error: grpc.aio.AioRpcError) -> str:
+    return (error.details() or "it gives no reason")[:_MAX_DETAILS]
+
+
+def _retry_after_ms(error: grpc.aio.AioRpcError) -> int:
+    for key, value in error.trailing_metadata() or ():
+        if key == RETRY_AFTER_KEY and isinstance(value, str) and value.isdecimal():
+            return int(value)
+    return _DEFAULT_RETRY_MS
+
+
+async def _end_of_stream(call: grpc.aio.Call) -> None:
+    """Lets the worker end its stream by itself, so that it does not see a cancel."""
+    try:
+        async with asyncio.timeout(_END_OF_STREAM_S):
+            await call.code()
+    except TimeoutError:
+        pass

@@ -1,0 +1,218 @@
+"""The Inference service: checks, tokenizes, picks workers, streams the answer.
+
+client ──Generate──▶ gateway ──Decode.Generate──▶ decode worker ──Prefill──▶ prefill worker
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
+from typing import Any
+
+from kvferry.deploy.admission import Admission
+from kvferry.deploy.answer import Answer, usage_from_worker
+from kvferry.deploy.config import GatewayConfig, ModelLimits
+from kvferry.deploy.decode_call import decode
+from kvferry.deploy.detokenizer import Detokenizer, TokenTexts, special_token_ids
+from kvferry.deploy.errors import InvalidField, NoWorker, RequestIdInUse, UnknownModel, WorkerLost
+from kvferry.deploy.interceptor import seconds_left
+from kvferry.deploy.prompt import PromptEncoder, Tokenizer
+from kvferry.deploy.router import Router
+from kvferry.deploy.sampling import SamplingRules
+from kvferry.deploy.worker_pool import PooledWorker, WorkerPair, WorkerPool
+from kvferry.proto import inference_pb2, inference_pb2_grpc, worker_pb2
+
+_logger = logging.getLogger(__name__)
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_MAX_ATTEMPTS = 2
+
+
+class Gateway(inference_pb2_grpc.InferenceServicer):
+    """Raises `RequestError`s; `EdgeInterceptor` turns them into statuses and keeps the deadlines."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        tokenizer: Tokenizer,
+        model: ModelLimits,
+        pool: WorkerPool,
+        router: Router,
+    ) -> None:
+        limits = config.limits
+        self._config = config
+        self._model = model
+        self._pool = pool
+        self._router = router
+        self._tokenizer = tokenizer
+        self._token_texts = TokenTexts(tokenizer)
+        self._special_ids = special_token_ids(tokenizer)
+        self._prompts = PromptEncoder(tokenizer, vocab_size=model.vocab_size, max_prompt_bytes=limits.max_prompt_bytes)
+        self._sampling = SamplingRules(
+            max_new_tokens=limits.max_new_tokens,
+            vocab_size=model.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+        )
+        self._answering, self._counting = (
+            Admission(max_concurrent=limits.max_concurrent, max_queued=limits.max_queued) for _ in range(2)
+        )
+        self._request_ids: set[str] = set()
+
+    def close(self) -> None:
+        self._prompts.close()
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[inference_pb2.GenerateChunk]:
+        received = time.monotonic()
+        deadline = received + seconds_left(context, self._config.limits.default_timeout_s)
+        self._check_model(request.model)
+        params = self._sampling.read(request.sampling)
+        self._prompts.check(request)
+        with self._unique_request_id(request.request_id) as request_id:
+            self._check_serving()
+            async with self._answering.slot():
+                token_ids = await self._prompts.encode(request)
+                self._sampling.fit_max_tokens(
+                    params,
+                    num_prompt_tokens=len(token_ids),
+                    max_model_len=self._max_model_len(self._pool.pairs()),
+                )
+                decode_request = worker_pb2.DecodeRequest(
+                    request_id=request_id,
+                    tenant=self._config.tenant,
+                    token_ids=token_ids,
+                    sampling=params,
+                )
+                answer = self._new_answer(decode_request, request.sampling.stop)
+                ttft = None
+                async with aclosing(self._stream(decode_request, answer, deadline)) as chunks:
+                    async for chunk, pair in chunks:
+                        now = time.monotonic()
+                        ttft = now - received if ttft is None else ttft
+                        if chunk.finish_reason:
+                            usage = _usage(decode_request, answer, pair)
+                            usage.ttft_seconds, usage.e2e_seconds = ttft, now - received
+                            chunk.usage.CopyFrom(usage)
+                        yield chunk
+
+    async def CountTokens(
+        self, request: inference_pb2.CountTokensRequest, context: Any
+    ) -> inference_pb2.CountTokensReply:
+        """Needs no worker; counts prompts that are too long for the model, too."""
+        self._check_model(request.model)
+        self._prompts.check(request)
+        async with self._counting.slot():
+            token_ids = await self._prompts.encode(request)
+        return inference_pb2.CountTokensReply(
+            tokens=len(token_ids), max_model_len=self._max_model_len(self._pool.pairs())
+        )
+
+    async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Any) -> inference_pb2.ListModelsReply:
+        """The served model, or nothing while no workers can serve it."""
+        pairs = self._pool.pairs()
+        info = pairs[0].decode.info if pairs else None
+        if info is None:
+            return inference_pb2.ListModelsReply()
+        model = inference_pb2.Model(
+            id=self._config.model_name,
+            max_model_len=self._max_model_len(pairs),
+            effective_bits=info.effective_bits,
+            kernels=info.kernels,
+        )
+        return inference_pb2.ListModelsReply(models=[model])
+
+    async def _stream(
+        self, request: worker_pb2.DecodeRequest, answer: Answer, deadline: float
+    ) -> AsyncGenerator[tuple[inference_pb2.GenerateChunk, WorkerPair], None]:
+        """The answer from one pair of workers, or from another if the first is lost before its first token."""
+        failed: list[PooledWorker] = []
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            pair = self._pick(request, failed)
+            request.prefill_address = pair.prefill.address if pair.prefill else ""
+            with ExitStack() as decoding, ExitStack() as prefilling:
+                decoding.enter_context(pair.decode.in_use())
+                if pair.prefill:
+                    prefilling.enter_context(pair.prefill.in_use())
+                try:
+                    chunks = decode(pair.decode, request, answer, deadline)
+                    async with aclosing(chunks):
+                        async for chunk in chunks:
+                            prefilling.close()
+                            yield chunk, pair
+                    return
+                except WorkerLost as error:
+                    for worker in pair.workers:
+                        worker.poll_now.set()
+                    failed += pair.workers
+                    if answer.num_tokens or attempt == _MAX_ATTEMPTS:
+                        raise
+                    if not self._pairs_without(failed):
+                        raise WorkerLost(f"{error} No other worker is ready.") from None
+                    _logger.warning("request %s goes to other workers", request.request_id)
+
+    def _pick(self, request: worker_pb2.DecodeRequest, failed: Collection[PooledWorker]) -> WorkerPair:
+        self._check_serving()
+        needed = len(request.token_ids) + request.sampling.max_tokens
+        pairs = [p for p in self._pairs_without(failed) if p.max_model_len >= needed]
+        if not pairs:
+            raise NoWorker(f"No worker that is ready now has room for {needed:,} tokens.")
+        return self._router.pick(pairs, request.token_ids)
+
+    def _pairs_without(self, failed: Collection[PooledWorker]) -> list[WorkerPair]:
+        """Pairs without failed workers, or else those where one of two has not failed."""
+        pairs = self._pool.pairs()
+        fresh = [p for p in pairs if not any(w in failed for w in p.workers)]
+        return fresh or [p for p in pairs if not all(w in failed for w in p.workers)]
+
+    def _new_answer(self, request: worker_pb2.DecodeRequest, stop: Iterable[str]) -> Answer:
+        return Answer(
+            params=request.sampling,
+            stop=tuple(stop),
+            vocab_size=self._model.vocab_size,
+            detokenizer=Detokenizer(self._tokenizer, request.token_ids[-16:], special_ids=self._special_ids),
+            token_texts=self._token_texts,
+        )
+
+    def _max_model_len(self, pairs: Iterable[WorkerPair]) -> int:
+        own = self._model.max_model_len
+        return min(own, max((pair.max_model_len for pair in pairs), default=own))
+
+    def _check_serving(self) -> None:
+        if problem := self._pool.why_not_serving():
+            raise NoWorker(problem)
+
+    def _check_model(self, model: str) -> None:
+        if model not in ("", self._config.model_name):
+            raise UnknownModel(f"This gateway serves {self._config.model_name!r} only.")
+
+    @contextmanager
+    def _unique_request_id(self, request_id: str) -> Iterator[str]:
+        request_id = request_id or secrets.token_hex(16)
+        if not _REQUEST_ID.fullmatch(request_id):
+            raise InvalidField(
+                f"request_id is {len(request_id)} characters long; "
+                "allowed: 1 to 128 letters, digits, '.', '_', ':' or '-'."
+            )
+        if request_id in self._request_ids:
+            raise RequestIdInUse("A request with this request_id is running.")
+        self._request_ids.add(request_id)
+        try:
+            yield request_id
+        finally:
+            self._request_ids.discard(request_id)
+
+
+def _usage(request: worker_pb2.DecodeRequest, answer: Answer, pair: WorkerPair) -> inference_pb2.Usage:
+    info = pair.decode.info or worker_pb2.WorkerInfo()
+    usage = usage_from_worker(answer.worker_usage, kv_bytes_per_token_bf16=info.kv_bytes_per_token_bf16)
+    usage.prompt_tokens = len(request.token_ids)
+    usage.completion_tokens = answer.num_tokens
+    usage.seed = request.sampling.seed
+    return usage

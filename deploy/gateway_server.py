@@ -1,0 +1,131 @@
+"""Runs a gateway in this event loop: in a process of its own, in a test, or in a Ray actor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from kvferry.deploy.config import GatewayConfig, ModelLimits
+from kvferry.deploy.gateway import SERVICE, Gateway
+from kvferry.deploy.grpc_options import server_options
+from kvferry.deploy.interceptor import EdgeInterceptor
+from kvferry.deploy.prompt import Tokenizer
+from kvferry.deploy.router import LeastOutstanding, Router
+from kvferry.deploy.worker_pool import WorkerPool
+from kvferry.proto import inference_pb2_grpc
+
+# A prompt just over its limit still gets our sentence; a message beyond this is refused by gRPC, unread.
+_MESSAGE_OVERHEAD_BYTES = 2**20
+
+
+class GatewayServer:
+    """`start` once, `stop` once. Health is SERVING only while a request could be served.
+
+    All sockets and tasks belong to the event loop that `start` runs in.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        tokenizer: Tokenizer,
+        model: ModelLimits,
+        router: Router | None = None,
+    ) -> None:
+        self._config = config
+        self._health = health.aio.HealthServicer()
+        self._pool = WorkerPool(
+            model_name=config.model_name,
+            poll_interval_s=config.poll_interval_s,
+            poll_timeout_s=config.poll_timeout_s,
+            on_change=self._update_health,
+        )
+        self._gateway = Gateway(
+            config,
+            tokenizer=tokenizer,
+            model=model,
+            pool=self._pool,
+            router=router or LeastOutstanding(),
+        )
+        self._changed = asyncio.Event()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> int:
+        """Listens, begins to look for workers, and returns the port. Raises OSError when the port is taken."""
+        config, limits = self._config, self._config.limits
+        server = grpc.aio.server(
+            interceptors=[
+                EdgeInterceptor(
+                    SERVICE,
+                    default_timeout_s=limits.default_timeout_s,
+                    write_timeout_s=limits.write_timeout_s,
+                )
+            ],
+            options=server_options(max_receive_bytes=limits.max_prompt_bytes + _MESSAGE_OVERHEAD_BYTES),
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(self._gateway, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        await self._update_health()
+        try:
+            port = server.add_insecure_port(f"{config.host}:{config.port}")
+        except RuntimeError:
+            raise OSError(f"cannot listen on {config.host}:{config.port}") from None
+        self._pool.set_addresses(decode=config.decode_workers, prefill=config.prefill_workers)
+        await server.start()
+        self._server = server
+        return port
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Says NOT_SERVING, takes no new requests, gives running ones `grace` seconds, then ends them."""
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace)
+        await self._pool.close()
+        self._gateway.close()
+
+    async def wait_for_termination(self) -> None:
+        if self._server is not None:
+            await self._server.wait_for_termination()
+
+    @property
+    def problem(self) -> str:
+        """Why requests cannot be served now; empty when they can."""
+        return self._pool.why_not_serving()
+
+    async def wait_until_serving(self, timeout: float) -> None:
+        """Raises TimeoutError, with the reason, when workers are not ready in time."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self.problem:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise TimeoutError(f"not serving after {timeout:g} s: {self.problem}") from None
+
+    def set_workers(self, *, decode: Iterable[str], prefill: Iterable[str] = ()) -> None:
+        """Replaces the worker addresses, for workers that moved, came or left."""
+        self._pool.set_addresses(decode=decode, prefill=prefill)
+
+    async def _update_health(self) -> None:
+        status = health_pb2.HealthCheckResponse
+        now = status.NOT_SERVING if self.problem else status.SERVING
+        for service in (health.OVERALL_HEALTH, SERVICE):
+            await self._health.set(service, now)
+        self._changed.set()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()

@@ -1,0 +1,216 @@
+"""The workers that the gateway knows, and what they last said they are."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import grpc
+
+from kvferry.deploy.config import check_address
+from kvferry.deploy.grpc_options import channel_options
+from kvferry.proto import worker_pb2, worker_pb2_grpc
+
+_logger = logging.getLogger(__name__)
+
+_MAX_SILENT_POLLS = 2  # a busy worker may miss one
+_LEAVING_GRACE_S = 600.0  # requests of a worker that is no longer named go on to their end
+_use_counter = itertools.count(1)
+
+
+class PooledWorker:
+    """One worker address, its channel, and what it answered to Describe."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.info: worker_pb2.WorkerInfo | None = None  # None: not usable now, because of `problem`
+        self.problem = "has not answered yet"
+        self.num_outstanding = 0
+        self.last_used = 0
+        self.poll_now = asyncio.Event()
+        self.channel = grpc.aio.insecure_channel(address, options=channel_options())
+        self.decode = worker_pb2_grpc.DecodeStub(self.channel)
+        self._describe = worker_pb2_grpc.WorkerStub(self.channel).Describe
+        self._num_silent_polls = 0
+
+    def has_role(self, role: str) -> bool:
+        return self.info is not None and role in self.info.roles
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        self.num_outstanding += 1
+        self.last_used = next(_use_counter)
+        try:
+            yield
+        finally:
+            self.num_outstanding -= 1
+
+    async def poll(self, *, model_name: str, timeout: float) -> None:
+        """Refreshes `info`; a worker that is gone loses it at once, a slow one after some polls."""
+        try:
+            info = await self._describe(worker_pb2.DescribeRequest(), timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            self._num_silent_polls += 1
+            is_slow = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            if not is_slow or self._num_silent_polls >= _MAX_SILENT_POLLS or self.info is None:
+                self.info = None
+                self.problem = f"does not answer ({error.code().name})"
+            return
+        self._num_silent_polls = 0
+        if info.model_name != model_name:
+            self.info, self.problem = None, f"serves model {info.model_name!r}"
+        elif not info.HasField("identity"):
+            self.info, self.problem = None, "does not say what identity its model has"
+        else:
+            self.info, self.problem = info, ""
+
+
+class WorkerPair(NamedTuple):
+    """Two workers that may exchange blocks. Without `prefill`, the decode worker prefills by itself."""
+
+    decode: PooledWorker
+    prefill: PooledWorker | None
+
+    @property
+    def prefill_address(self) -> str:
+        return self.prefill.address if self.prefill else ""
+
+    @property
+    def workers(self) -> tuple[PooledWorker, ...]:
+        return (self.decode, self.prefill) if self.prefill else (self.decode,)
+
+    @property
+    def max_model_len(self) -> int:
+        return min((w.info.max_model_len for w in self.workers if w.info), default=0)
+
+
+class WorkerPool:
+    """Polls every worker, so that workers may start after the gateway, stop and come back.
+
+    `on_change` runs after a poll that changed which workers are usable.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        poll_interval_s: float,
+        poll_timeout_s: float,
+        on_change: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._model_name = model_name
+        self._poll_interval_s = poll_interval_s
+        self._poll_timeout_s = poll_timeout_s
+        self._on_change = on_change
+        self._decode_addresses: tuple[str, ...] = ()
+        self._prefill_addresses: tuple[str, ...] = ()
+        self._workers: dict[str, PooledWorker] = {}
+        self._polls: dict[str, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def set_addresses(self, *, decode: Iterable[str], prefill: Iterable[str]) -> None:
+        """Starts to poll new workers and forgets those that are not named. Needs a running event loop."""
+        self._decode_addresses = tuple(dict.fromkeys(decode))
+        self._prefill_addresses = tuple(dict.fromkeys(prefill))
+        wanted = dict.fromkeys((*self._decode_addresses, *self._prefill_addresses))
+        for address in wanted:
+            check_address(address)
+        for address in [a for a in self._workers if a not in wanted]:
+            del self._workers[address]
+            poll = self._polls.pop(address)
+            poll.cancel()
+            self._leaving.add(poll)
+            poll.add_done_callback(self._leaving.discard)
+        for address in wanted:
+            if address not in self._workers:
+                worker = self._workers[address] = PooledWorker(address)
+                self._polls[address] = asyncio.create_task(self._poll_forever(worker))
+
+    async def close(self) -> None:
+        polls = [*self._polls.values(), *self._leaving]
+        self._workers.clear()
+        self._polls.clear()
+        for poll in polls:
+            poll.cancel()
+        await asyncio.gather(*polls, return_exceptions=True)
+
+    def pairs(self) -> list[WorkerPair]:
+        """Every decode worker with every prefill worker of equal identity."""
+        prefills = self._usable(self._prefill_addresses, "prefill")
+        pairs: list[WorkerPair] = []
+        for decode in self._usable(self._decode_addresses, "decode"):
+            if not self._prefill_addresses:
+                if decode.has_role("prefill"):
+                    pairs.append(WorkerPair(decode, None))
+                continue
+            for prefill in prefills:
+                if prefill is decode:
+                    pairs.append(WorkerPair(decode, None))
+                elif _identity(prefill) == _identity(decode):
+                    pairs.append(WorkerPair(decode, prefill))
+        return pairs
+
+    def why_not_serving(self) -> str:
+        """A sentence for operators and clients; empty when there is a usable pair."""
+        if self.pairs():
+            return ""
+        decodes = self._usable(self._decode_addresses, "decode")
+        if not decodes:
+            return self._nobody("decode", self._decode_addresses)
+        if not self._prefill_addresses:
+            return "No prefill worker is configured and no decode worker has the role prefill."
+        prefills = self._usable(self._prefill_addresses, "prefill")
+        if not prefills:
+            return self._nobody("prefill", self._prefill_addresses)
+        prefill, decode = prefills[0], decodes[0]
+        fields = _identity_difference(prefill, decode)
+        return (
+            f"Prefill and decode workers cannot exchange blocks: {' and '.join(fields)} of prefill worker "
+            f"{prefill.address} and decode worker {decode.address} differ."
+        )
+
+    def _nobody(self, role: str, addresses: Iterable[str]) -> str:
+        problems = [f"{address} {self._workers[address].problem or f'has no role {role}'}" for address in addresses]
+        return f"No {role} worker is ready: {'; '.join(problems) or 'none is configured'}."
+
+    def _usable(self, addresses: Iterable[str], role: str) -> list[PooledWorker]:
+        return [worker for address in addresses if (worker := self._workers.get(address)) and worker.has_role(role)]
+
+    async def _poll_forever(self, worker: PooledWorker) -> None:
+        try:
+            while True:
+                before = worker.info
+                await worker.poll(model_name=self._model_name, timeout=self._poll_timeout_s)
+                if worker.info != before:
+                    _log_change(worker)
+                    await self._on_change()
+                worker.poll_now.clear()
+                try:
+                    async with asyncio.timeout(self._poll_interval_s):
+                        await worker.poll_now.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            await worker.channel.close(_LEAVING_GRACE_S)
+
+
+def _log_change(worker: PooledWorker) -> None:
+    if worker.info is None:
+        _logger.warning("worker %s %s", worker.address, worker.problem)
+    else:
+        _logger.info("worker %s is ready: %s", worker.address, ", ".join(worker.info.roles))
+
+
+def _identity(worker: PooledWorker) -> worker_pb2.ModelIdentity | None:
+    return worker.info.identity if worker.info else None
+
+
+def _identity_difference(one: PooledWorker, other: PooledWorker) -> list[str]:
+    fields = worker_pb2.ModelIdentity.DESCRIPTOR.fields
+    return [
+        field.name for field in fields if getattr(_identity(one), field.name) != getattr(_identity(other), field.name)
+    ]

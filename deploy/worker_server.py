@@ -1,0 +1,211 @@
+"""A prefill or decode worker as a process: model, kernels, engine, store client and gRPC server put together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from kvferry.decode.cache import PackedCache
+from kvferry.decode.config import DecodeConfig
+from kvferry.decode.engine import DecodeEngine
+from kvferry.decode.server import DecodeServicer
+from kvferry.decode.worker import DecodeWorker
+from kvferry.deploy.grpc_options import server_options
+from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
+from kvferry.deploy.numerics import numerics_class, rows_are_invariant
+from kvferry.kernels.dispatch import Selection, select_kernels
+from kvferry.kernels.layout import LAYOUT_VERSION, BlockLayout
+from kvferry.kernels.spec import KVQuantSpec
+from kvferry.kvstore.client import StoreClient
+from kvferry.kvstore.config import ClientConfig
+from kvferry.prefill.config import PrefillConfig
+from kvferry.prefill.engine import PrefillEngine
+from kvferry.prefill.server import PrefillServicer
+from kvferry.proto import worker_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+REPORTED_CONTEXT = 4096
+"""Tokens at which effective bits are stated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What to load and how to run it; the same for every worker of a deployment."""
+
+    model: str
+    spec: KVQuantSpec = field(default_factory=KVQuantSpec)
+    device: str = "auto"
+    dtype: str = "auto"
+    kernels: str | None = None
+    """"reference", "cpu" or "triton"; None chooses."""
+    threads: int = 0
+    """Threads of a CPU worker; 0 leaves torch's choice."""
+    max_model_len: int = 0
+    """0: the model's own window."""
+
+
+class ModelRuntime:
+    """A loaded model with its kernels, layout, probe and identity."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        device = _device(config.device)
+        source = find_model(config.model)
+        dtype = None if config.dtype == "auto" else _dtype(config.dtype)
+        self.loaded: LoadedModel = load_model(source, device=device, dtype=dtype)
+        model = self.loaded.model
+        self.layout = BlockLayout(
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            spec=config.spec,
+        )
+        self.selection: Selection = select_kernels(device, head_dim=model.head_dim, impl=config.kernels)
+        logger.info("%s", self.selection.reason)
+        self.engine = PrefillEngine(model, self.selection.kernels, self.layout, device)
+        self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
+        self.identity = self._identity()
+        if not rows_are_invariant(model, model.hidden_size, device, model.dtype):
+            logger.warning(
+                "on this machine a matmul's rows depend on the batch: a request's tokens may differ with its company"
+            )
+
+    def _identity(self) -> worker_pb2.ModelIdentity:
+        return worker_pb2.ModelIdentity(
+            weights_digest=self.loaded.weights_digest,
+            tokenizer_digest=tokenizer_digest(load_tokenizer(self.loaded.source)),
+            spec_digest=self.layout.spec.digest(),
+            layout_version=LAYOUT_VERSION,
+            numerics_class=numerics_class(
+                self.loaded,
+                self.engine,
+                kernels_name=self.selection.kernels.name,
+                dtype=self.loaded.model.dtype,
+            ),
+        )
+
+    def info(self, *, role: str, pool_blocks: int = 0) -> worker_pb2.WorkerInfo:
+        return worker_pb2.WorkerInfo(
+            model_name=self.loaded.source.name,
+            model_path=self.loaded.source.path,
+            roles=[role],
+            identity=self.identity,
+            block_size=self.layout.block_size,
+            block_bytes=self.layout.block_bytes,
+            max_model_len=self.max_model_len,
+            kv_bytes_per_token_bf16=self.layout.bytes_per_token_bf16,
+            pool_blocks=pool_blocks,
+            device=str(self.loaded.device),
+            kernels=self.selection.kernels.name,
+            effective_bits=self.layout.effective_bits(REPORTED_CONTEXT),
+        )
+
+
+class _Describe(worker_pb2_grpc.WorkerServicer):
+    def __init__(self, info: worker_pb2.WorkerInfo) -> None:
+        self._info = info
+
+    async def Describe(
+        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> worker_pb2.WorkerInfo:
+        return self._info
+
+
+class WorkerServer:
+    """Serves one role until `stop`. Built off the event loop (loading takes seconds), started on it."""
+
+    def __init__(
+        self, runtime: ModelRuntime, *, config: PrefillConfig | DecodeConfig, store_address: str | None
+    ) -> None:
+        self._runtime = runtime
+        self._config = config
+        self._store_address = store_address
+        self._store: StoreClient | None = None
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+        self._decode: tuple[DecodeEngine, DecodeServicer] | None = None
+
+    async def start(self) -> str:
+        """Binds, serves and returns host:port. Raises OSError when it cannot bind."""
+        if self._store_address:
+            self._store = StoreClient(ClientConfig(address=self._store_address))
+        server = grpc.aio.server(options=server_options())
+        if isinstance(self._config, PrefillConfig):
+            info = self._add_prefill(server, self._config)
+        else:
+            info = self._add_decode(server, self._config)
+        worker_pb2_grpc.add_WorkerServicer_to_server(_Describe(info), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        address = f"{self._config.host}:{self._config.port}"
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        await server.start()
+        self._server = server
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        return f"{self._config.host}:{port}"
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Health goes NOT_SERVING, running requests get `grace_s`, then everything is closed."""
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self._decode is not None:
+            engine, servicer = self._decode
+            await servicer.close()
+            await asyncio.to_thread(engine.close)
+        if self._store is not None:
+            await self._store.close()
+
+    def _add_prefill(self, server: grpc.aio.Server, config: PrefillConfig) -> worker_pb2.WorkerInfo:
+        info = self._runtime.info(role="prefill")
+        servicer = PrefillServicer(engine=self._runtime.engine, store=self._store, info=info, config=config)
+        worker_pb2_grpc.add_PrefillServicer_to_server(servicer, server)
+        return info
+
+    def _add_decode(self, server: grpc.aio.Server, config: DecodeConfig) -> worker_pb2.WorkerInfo:
+        runtime = self._runtime
+        num_blocks = config.pool_bytes // runtime.layout.block_bytes
+        if num_blocks < 1:
+            raise ValueError(
+                f"the block pool of {config.pool_bytes} bytes holds no block of {runtime.layout.block_bytes} bytes: "
+                "give the decode worker more memory"
+            )
+        cache = PackedCache(
+            runtime.layout,
+            num_blocks=num_blocks,
+            num_slots=config.max_num_seqs,
+            kernels=runtime.selection.kernels,
+            device=runtime.loaded.device,
+        )
+        engine = DecodeEngine(runtime.loaded.model, runtime.selection.kernels, cache)
+        worker = DecodeWorker(engine=engine, cache=cache, store=self._store, config=config)
+        info = runtime.info(role="decode", pool_blocks=num_blocks)
+        servicer = DecodeServicer(worker=worker, info=info, config=config)
+        worker_pb2_grpc.add_DecodeServicer_to_server(servicer, server)
+        self._decode = (engine, servicer)
+        tokens = num_blocks * runtime.layout.block_size
+        bf16 = config.pool_bytes // runtime.layout.bytes_per_token_bf16
+        logger.info("the block pool holds %d tokens; at 16 bits the same memory would hold %d", tokens, bf16)
+        return info
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
+    if dtype is None:
+        raise ValueError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
+    return dtype

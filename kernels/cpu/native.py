@@ -1,0 +1,362 @@
+"""`PackedKernels` by the C library beside this file."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvferry.kernels.layout import GROUP, PAGE, page_bytes
+from kvferry.kernels.packed import DecodeBatch, PackedPrefix
+
+LIBRARY = Path(__file__).with_name("_native.so")
+HEAD_DIMS = (32, 64, 96, 128)
+
+_NOT_FINITE = 1
+_MESSAGES = {
+    2: f"head_dim is not supported: it must be one of {HEAD_DIMS}",
+    3: "a block id is outside the pool",
+    4: "a slot is outside sinks and tails",
+    5: "num_blocks or tail_lens is outside its bounds",
+}
+_OUT_OF_MEMORY = 6
+
+
+class NativeUnavailable(RuntimeError):
+    """Why the native kernels do not run here: not built, not this CPU, not this model."""
+
+
+class _QuantizeArgs(ctypes.Structure):
+    """struct quantize_args of quantize.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "out")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "key_head_stride",
+                "key_token_stride",
+                "value_head_stride",
+                "value_token_stride",
+                "kv_heads",
+                "pages",
+                "head_dim",
+                "sink_tokens",
+                "threads",
+            )
+        ),
+    )
+
+
+class _DecodeArgs(ctypes.Structure):
+    """struct decode_args of decode.c."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "query",
+                "out",
+                "pool",
+                "sinks",
+                "tails",
+                "block_tables",
+                "num_blocks",
+                "slots",
+                "tail_lens",
+            )
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "pool_blocks",
+                "pool_block_stride",
+                "pool_head_stride",
+                "num_slots",
+                "sinks_slot_stride",
+                "sinks_head_stride",
+                "tails_slot_stride",
+                "tails_value_offset",
+                "tails_head_stride",
+                "table_stride",
+                "batch",
+                "kv_heads",
+                "group",
+                "head_dim",
+                "sink_tokens",
+                "block_size",
+                "threads",
+            )
+        ),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _ChunkArgs(ctypes.Structure):
+    """struct chunk_args of chunk.c."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("query", "out", "keys", "values", "pool", "sinks", "table")
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "query_head_stride",
+                "query_token_stride",
+                "key_head_stride",
+                "key_token_stride",
+                "value_head_stride",
+                "value_token_stride",
+                "pool_blocks",
+                "pool_block_stride",
+                "pool_head_stride",
+                "num_blocks",
+                "kv_heads",
+                "group",
+                "tokens",
+                "head_dim",
+                "sink_tokens",
+                "block_size",
+                "threads",
+            )
+        ),
+        ("scale", ctypes.c_float),
+    )
+
+
+class NativeKernels:
+    """`PackedKernels` for CPUs with AVX2, FMA and F16C. Made by `load`."""
+
+    name = "cpu-avx2-int8x2/1"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._quantize = library.kvferry_quantize
+        self._decode = library.kvferry_decode
+        self._chunk = library.kvferry_chunk
+        for function in (self._quantize, self._decode, self._chunk):
+            function.argtypes = (ctypes.c_void_p,)
+            function.restype = ctypes.c_int
+
+    def quantize_block(
+        self, keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor
+    ) -> None:
+        """See `PackedKernels`. Any strides over heads and tokens; after a ValueError `out` holds garbage."""
+        kv_heads, tokens, head_dim = keys.shape
+        pages = tokens // PAGE
+        _expect("keys", keys, torch.float16, (kv_heads, tokens, head_dim), inner=1)
+        _expect("values", values, torch.float16, (kv_heads, tokens, head_dim), inner=1)
+        if tokens % PAGE or not 0 <= sink_tokens < PAGE:
+            raise ValueError(f"cannot pack {tokens} tokens with {sink_tokens} sinks in pages of {PAGE}")
+        _expect("out", out, torch.uint8, (kv_heads, pages, page_bytes(head_dim)), inner=3)
+        args = _QuantizeArgs(
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            keys.stride(0),
+            keys.stride(1),
+            values.stride(0),
+            values.stride(1),
+            kv_heads,
+            pages,
+            head_dim,
+            sink_tokens,
+            torch.get_num_threads(),
+        )
+        _raise_for(self._quantize(ctypes.byref(args)))
+
+    def decode_attention(
+        self, query: Tensor, batch: DecodeBatch, *, layer: int, scale: float
+    ) -> Tensor:
+        """See `PackedKernels`."""
+        size, query_heads, head_dim = query.shape
+        pool, sinks, tails = batch.pool, batch.sinks, batch.tails
+        blocks, layers, kv_heads, pages, _ = pool.shape
+        slots, block_size, sink_tokens = tails.shape[0], pages * PAGE, sinks.shape[-2]
+        group = _group(query_heads, kv_heads)
+        _expect_layer(layer, layers)
+        _expect("pool", pool, torch.uint8, (blocks, layers, kv_heads, pages, page_bytes(head_dim)), 2)
+        _expect("sinks", sinks, torch.float16, (slots, layers, kv_heads, 2, sink_tokens, head_dim), 3)
+        _expect("tails", tails, torch.float16, (slots, layers, 2, kv_heads, block_size, head_dim), 2)
+        tables = batch.block_tables
+        _expect("block_tables", tables, torch.int32, (size, tables.shape[1]), 2)
+        _expect("num_blocks", batch.num_blocks, torch.int32, (size,), 1)
+        _expect("slots", batch.slots, torch.int32, (size,), 1)
+        _expect("tail_lens", batch.tail_lens, torch.int32, (size,), 1)
+        rows = query.to(torch.float32).contiguous()
+        out = torch.empty_like(rows)
+        args = _DecodeArgs(
+            rows.data_ptr(),
+            out.data_ptr(),
+            pool.data_ptr() + layer * pool.stride(1),
+            sinks.data_ptr() + 2 * layer * sinks.stride(1),
+            tails.data_ptr() + 2 * layer * tails.stride(1),
+            tables.data_ptr(),
+            batch.num_blocks.data_ptr(),
+            batch.slots.data_ptr(),
+            batch.tail_lens.data_ptr(),
+            blocks,
+            pool.stride(0),
+            pool.stride(2),
+            slots,
+            sinks.stride(0),
+            sinks.stride(2),
+            tails.stride(0),
+            tails.stride(2),
+            tails.stride(3),
+            tables.shape[1],
+            size,
+            kv_heads,
+            group,
+            head_dim,
+            sink_tokens,
+            block_size,
+            torch.get_num_threads(),
+            scale,
+        )
+        _raise_for(self._decode(ctypes.byref(args)))
+        return out.to(query.dtype)
+
+    def chunk_attention(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prefix: PackedPrefix,
+        *,
+        layer: int,
+        scale: float,
+    ) -> Tensor:
+        """See `PackedKernels`. Any strides over heads and tokens."""
+        query_heads, tokens, head_dim = query.shape
+        pool, sinks, table = prefix.pool, prefix.sinks, prefix.table
+        blocks, layers, kv_heads, pages, _ = pool.shape
+        group = _group(query_heads, kv_heads)
+        _expect_layer(layer, layers)
+        _expect("keys", keys, torch.float16, (kv_heads, tokens, head_dim), 1)
+        _expect("values", values, torch.float16, (kv_heads, tokens, head_dim), 1)
+        _expect("pool", pool, torch.uint8, (blocks, layers, kv_heads, pages, page_bytes(head_dim)), 2)
+        _expect("sinks", sinks, torch.float16, (layers, kv_heads, 2, sinks.shape[-2], head_dim), 4)
+        _expect("table", table, torch.int32, (table.shape[0],), 1)
+        if sinks.shape[-2] >= PAGE:
+            raise ValueError(f"{sinks.shape[-2]} sinks do not fit the first page")
+        rows = query.to(torch.float32)
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        out = torch.empty(query.shape, dtype=torch.float32)
+        args = _ChunkArgs(
+            rows.data_ptr(),
+            out.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            pool.data_ptr() + layer * pool.stride(1),
+            sinks.data_ptr() + 2 * layer * sinks.stride(0),
+            table.data_ptr(),
+            rows.stride(0),
+            rows.stride(1),
+            keys.stride(0),
+            keys.stride(1),
+            values.stride(0),
+            values.stride(1),
+            blocks,
+            pool.stride(0),
+            pool.stride(2),
+            table.shape[0],
+            kv_heads,
+            group,
+            tokens,
+            head_dim,
+            sinks.shape[-2],
+            pages * PAGE,
+            torch.get_num_threads(),
+            scale,
+        )
+        _raise_for(self._chunk(ctypes.byref(args)))
+        return out.to(query.dtype)
+
+
+def load(head_dim: int | None = None) -> NativeKernels:
+    """The native kernels, for a model of this `head_dim` when it is given.
+
+    Raises NativeUnavailable, which says why, when they cannot run here.
+    """
+    library = _library()
+    if head_dim is not None and head_dim not in HEAD_DIMS:
+        raise NativeUnavailable(f"head_dim {head_dim} is not one of {HEAD_DIMS}")
+    return NativeKernels(library)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        raise NativeUnavailable(f"the native CPU kernels need x86-64, this is {platform.machine()}")
+    if not LIBRARY.exists():
+        raise NativeUnavailable(f"{LIBRARY} does not exist: it is compiled when kvferry is installed")
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise NativeUnavailable(f"{LIBRARY} does not load: {error}") from error
+    if not library.kvferry_cpu_supported():
+        raise NativeUnavailable("this CPU lacks AVX2, FMA or F16C")
+    library.kvferry_set_parallel.argtypes = (ctypes.c_void_p,)
+    library.kvferry_set_parallel.restype = None
+    library.kvferry_set_parallel(_openmp_entry())
+    return library
+
+
+def _openmp_entry() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch itself uses; None: run on the calling thread.
+
+    A look-up through libtorch_cpu's handle searches its own dependencies, so another libgomp in the process (each
+    wheel brings one) is not taken by mistake.
+    """
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def _expect(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], inner: int) -> None:
+    """Raises ValueError unless x is a CPU tensor of this dtype and shape whose `inner` last dimensions are contiguous."""
+    if x.dtype != dtype or x.shape != shape or x.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be a CPU tensor {dtype} {list(shape)}, "
+            f"not {x.device.type} {x.dtype} {list(x.shape)}"
+        )
+    expected = 1
+    for i in range(len(shape) - 1, len(shape) - 1 - inner, -1):
+        if shape[i] != 1 and x.stride(i) != expected:
+            raise ValueError(
+                f"the last {inner} dimensions of {name} must be contiguous: "
+                f"shape {list(shape)}, strides {x.stride()}"
+            )
+        expected *= shape[i]
+
+
+def _expect_layer(layer: int, layers: int) -> None:
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer {layer} is not one of {layers}")
+
+
+def _group(query_heads: int, kv_heads: int) -> int:
+    if query_heads % kv_heads:
+        raise ValueError(f"{query_heads} query heads cannot share {kv_heads} KV heads")
+    return query_heads // kv_heads
+
+
+def _raise_for(status: int) -> None:
+    if status == _NOT_FINITE:
+        raise ValueError("K or V is not finite: the block is refused")
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError("no memory for the partial results of decode attention")
+    if status:
+        raise ValueError(_MESSAGES[status])
+
+
+assert GROUP == PAGE == 32  # page.h

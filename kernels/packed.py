@@ -1,0 +1,87 @@
+"""What the kernels take, and the interface that every implementation of them fulfils."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedPrefix:
+    """The packed blocks before a prefill chunk, of one sequence.
+
+    pool: uint8 [num_blocks, layer, kv_head, page, page_bytes]; table: int32 [n], block ids in order of position;
+    sinks: fp16 [layer, kv_head, K|V, sink_tokens, D]. Nothing is copied.
+    """
+
+    pool: Tensor
+    table: Tensor
+    sinks: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeBatch:
+    """The packed caches of a batch of B sequences, for one decode step.
+
+    A sequence's context is its sinks, `num_blocks` packed blocks (whose first tokens are the sinks again, masked) and
+    `tail_lens` fp16 tokens, the newest of which is the current one. While `num_blocks` is 0 the sinks are in the tail.
+    """
+
+    pool: Tensor
+    """uint8 [num_blocks, layer, kv_head, page, page_bytes]"""
+    sinks: Tensor
+    """fp16 [slot, layer, kv_head, K|V, sink_tokens, D]"""
+    tails: Tensor
+    """fp16 [slot, layer, K|V, kv_head, block_size, D]"""
+    block_tables: Tensor
+    """int32 [B, max_blocks]"""
+    num_blocks: Tensor
+    """int32 [B]"""
+    slots: Tensor
+    """int32 [B]: row of `sinks` and `tails`"""
+    tail_lens: Tensor
+    """int32 [B], at least 1"""
+
+
+class PackedKernels(Protocol):
+    """Quantize-and-pack and attention on packed blocks.
+
+    Every implementation gives a row the same bits whatever else is in the call: the result for one query depends on
+    its own sequence alone (design: batch invariance).
+    """
+
+    @property
+    def name(self) -> str:
+        """Names the implementation; part of the numerics class."""
+        ...
+
+    def quantize_block(self, keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor) -> None:
+        """Quantizes one layer of one block into `out`.
+
+        keys, values: fp16 [H, block_size, D], after RoPE; out: uint8 [H, page, page_bytes], contiguous.
+        `sink_tokens` first tokens are left out of the fit (block 0 only, else 0).
+        Raises ValueError when K or V is not finite: such a block must never be published.
+        """
+        ...
+
+    def decode_attention(self, query: Tensor, batch: DecodeBatch, *, layer: int, scale: float) -> Tensor:
+        """query: [B, Hq, D] -> [B, Hq, D] in the query's dtype."""
+        ...
+
+    def chunk_attention(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prefix: PackedPrefix,
+        *,
+        layer: int,
+        scale: float,
+    ) -> Tensor:
+        """A prefill chunk: packed prefix, then the chunk itself in full precision, causal.
+
+        query: [Hq, n, D]; keys, values: fp16 [H, n, D]; returns [Hq, n, D] in the query's dtype.
+        """
+        ...

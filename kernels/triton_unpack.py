@@ -1,0 +1,100 @@
+"""Packed words to numbers on a GPU: what every Triton kernel that reads a page is built from.
+
+A token's codes are D/8 words of 16 bits (layout.py). *Field* f of word j, its bits 2 f and 2 f + 1, belongs to channel
+`(f % 4) * D/4 + 2 j + f // 4`. One field of a tile of words is a tile of fp16 numbers that a tensor core takes as it
+is, and codes never become integers: `word << s & 0x0300 | 0x3C00` is the fp16 number 1 + code/4, which the folded scale
+and zero point turn into the value by one fused multiply-add.
+
+`ASM` picks inline PTX: one shift and one LOP3 for two codes. Without it the same bits come from plain operations, for
+Triton's interpreter and for HIP.
+"""
+
+# Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def unpack_asm(field: int) -> str:
+    """PTX that turns two 16-bit words into two fp16 numbers 1 + code/4, for one field."""
+    logic = "lop3.b32 $0, {}, 0x03000300, 0x3C003C00, 0xEA;"  # 0xEA: (a & b) | c
+    shift = 8 - 2 * field  # moves the field to bits 8 and 9
+    if shift == 0:
+        return logic.format("$1")
+    move = f"shl.b32 t, $1, {shift};" if shift > 0 else f"shr.u32 t, $1, {-shift};"
+    return "{ .reg .b32 t; " + move + " " + logic.format("t") + " }"
+
+
+@triton.constexpr_function
+def high_byte_asm() -> str:
+    """PTX that moves the high byte of two 16-bit words down. What is above them then is not zero: read fields 0 to 3."""
+    return "shr.u32 $0, $1, 8;"
+
+
+@triton.jit
+def unpack(words, field: tl.constexpr, ASM: tl.constexpr):
+    """int16 words -> fp16 1 + code/4 of one field."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            unpack_asm(field), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
+    if field < 4:
+        moved = words << (8 - 2 * field)
+    else:
+        moved = words >> (2 * field - 8)
+    return ((moved & 0x0300) | 0x3C00).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def dequantize(words, scale, zero, field: tl.constexpr, ASM: tl.constexpr):
+    """int16 words -> fp16 values of one field; scale, zero: folded, fp16, broadcastable to the words."""
+    unit = unpack(words, field, ASM)
+    scale = scale.broadcast_to(unit.shape)
+    zero = zero.broadcast_to(unit.shape)
+    if ASM:
+        return tl.fma(unit, scale, zero)
+    # The interpreter's fma rounds, and may overflow, between multiplication and addition.
+    return (unit.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def load_words(pointers, is_high, SPLIT: tl.constexpr, ASM: tl.constexpr):
+    """int16 words; with SPLIT, the high byte moved down where `is_high` holds.
+
+    Two masked loads and not one and a select: only loads and pure functions of loads keep the path from memory to a
+    tensor-core operand free of shared memory for unpacked values.
+    """
+    if not SPLIT:
+        return tl.load(pointers)
+    low = tl.load(pointers, mask=~is_high, other=0)
+    high = tl.load(pointers, mask=is_high, other=0)
+    if ASM:
+        moved = tl.inline_asm_elementwise(
+            high_byte_asm(), "=r,r", [high], dtype=tl.int16, is_pure=True, pack=2
+        )
+    else:
+        moved = high >> 8
+    return low | moved
+
+
+@triton.jit
+def field_channel(word, field: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The channel whose code is in a field of a word."""
+    return (field % 4) * (HEAD_DIM // 4) + 2 * word + field // 4
+
+
+@triton.jit
+def half_of_pair(pairs, is_second):
+    """int32 loads of two adjacent fp16 numbers -> the first or, where `is_second` holds, the second one.
+
+    Loads of 4 bytes can be asynchronous; loads of 2 cannot.
+    """
+    if isinstance(is_second, tl.constexpr):
+        bits = pairs >> 16 if is_second else pairs
+    else:
+        bits = tl.where(is_second, pairs >> 16, pairs)
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)

@@ -1,0 +1,45 @@
+"""The KV store: block keys, records, the node that keeps them and the client that moves them.
+
+The Redis backend is not imported here (it needs redis): see `kvferry.kvstore.redis_backend`.
+"""
+
+from kvferry.kvstore.backend import Backend, BackendStats
+from kvferry.kvstore.client import ClientCounters, LookupResult, NodeStats, StoreClient
+from kvferry.kvstore.codec import BlockHeader, Record, decode_record, encode_record
+from kvferry.kvstore.config import ClientConfig, NodeConfig
+from kvferry.kvstore.errors import (
+    BlockCorrupt,
+    BlockNotFound,
+    InvalidRequest,
+    KVStoreError,
+    StoreFull,
+    StoreUnavailable,
+)
+from kvferry.kvstore.key import Namespace, block_keys
+from kvferry.kvstore.memory_backend import MemoryBackend
+from kvferry.kvstore.server import KVStoreServer
+
+__all__ = [
+    "Backend",
+    "BackendStats",
+    "BlockCorrupt",
+    "BlockHeader",
+    "BlockNotFound",
+    "ClientConfig",
+    "ClientCounters",
+    "InvalidRequest",
+    "KVStoreError",
+    "KVStoreServer",
+    "LookupResult",
+    "MemoryBackend",
+    "Namespace",
+    "NodeConfig",
+    "NodeStats",
+    "Record",
+    "StoreClient",
+    "StoreFull",
+    "StoreUnavailable",
+    "block_keys",
+    "decode_record",
+    "encode_record",
+]

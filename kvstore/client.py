@@ -1,0 +1,364 @@
+"""A client of one KV store node. Every call is bounded, and a dead node costs one timeout once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import grpc
+import grpc.aio
+
+from kvferry.kvstore.breaker import Breaker, BreakerState
+from kvferry.kvstore.codec import Record, decode_record
+from kvferry.kvstore.config import DEFAULT_MAX_KEYS, FRAME_BYTES, MAX_MESSAGE_BYTES, ClientConfig
+from kvferry.kvstore.errors import (
+    BlockCorrupt,
+    BlockNotFound,
+    InvalidRequest,
+    KVStoreError,
+    StoreFull,
+    StoreUnavailable,
+)
+from kvferry.kvstore.key import KEY_BYTES
+from kvferry.kvstore.record_stream import RecordAssembler
+from kvferry.kvstore.verifier import Verifier
+from kvferry.proto import kvstore_pb2 as pb
+from kvferry.proto import kvstore_pb2_grpc
+
+
+class LookupResult(NamedTuple):
+    """How much of a chain is in the store now."""
+
+    num_contiguous: int  # blocks, from the first key on
+    lease_id: int  # 0: nothing is leased
+    lease_s: float  # granted, counted from the node's answer
+
+
+class NodeStats(NamedTuple):
+    """The node's answer to `stats`; see StatsReply in kvstore.proto."""
+
+    records: int
+    bytes: int
+    capacity_bytes: int
+    lookups: int
+    hits: int
+    misses: int
+    puts: int
+    evictions: int
+    rejected: int
+    backend: str
+
+
+@dataclass
+class ClientCounters:
+    """What this client did since it was made."""
+
+    bytes_read: int = 0  # of verified records
+    bytes_written: int = 0  # of stored records
+    failures: int = 0  # calls that the store did not answer
+    refused: int = 0  # calls that the open breaker refused
+    not_found: int = 0
+    corrupt: int = 0
+
+
+class StoreClient:
+    """Moves records to and from one node. Make it on the event loop that uses it; close it there.
+
+    Every method raises StoreUnavailable when the node does not answer in time, at once while the
+    breaker is open. Nothing is retried: the caller recomputes. After a failure the client probes
+    the node in the background and closes the breaker by itself when the node is back.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        interceptors: Sequence[Any] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.counters = ClientCounters()
+        self._config = config
+        self._breaker = Breaker(
+            failure_threshold=config.failure_threshold,
+            cool_down_s=config.cool_down_s,
+            clock=clock,
+        )
+        options = _channel_options(config)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(
+                config.address, options=options, interceptors=list(interceptors)
+            )
+        else:
+            self._channel = grpc.aio.secure_channel(
+                config.address, credentials, options=options, interceptors=list(interceptors)
+            )
+        self._stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
+        self._verifier = Verifier()
+        self._prober: asyncio.Task[None] | None = None
+
+    @property
+    def breaker_state(self) -> BreakerState:
+        """CLOSED: the store is used. Otherwise calls fail at once."""
+        return self._breaker.state
+
+    async def lookup(
+        self, keys: Sequence[bytes], *, lease_s: float = 0.0, timeout_s: float | None = None
+    ) -> LookupResult:
+        """How many of the first keys are present; leases them for `lease_s` if that is not 0.
+
+        A backend that cannot pin records (Redis) grants no lease.
+        """
+        request = pb.LookupRequest(keys=_checked_keys(keys), lease_ms=int(lease_s * 1000))
+        with self._answering():
+            reply = await self._stub.Lookup(request, timeout=self._unary_timeout(timeout_s))
+        return LookupResult(
+            num_contiguous=min(reply.num_contiguous, len(keys)),
+            lease_id=reply.lease_id,
+            lease_s=reply.lease_ms / 1000,
+        )
+
+    async def get(
+        self,
+        keys: Sequence[bytes],
+        *,
+        namespace: bytes,
+        lease_id: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Record]:
+        """Yields the verified record of every key, in order.
+
+        `namespace` is Namespace.digest(). Raises BlockNotFound at the first missing key (records
+        before it were yielded and are good), BlockCorrupt at a damaged one after asking the node
+        to delete it, StoreUnavailable when no bytes come for `progress_timeout_s`. Close the
+        iterator (contextlib.aclosing) when leaving it early.
+        """
+        request = pb.GetRequest(keys=_checked_keys(keys), lease_id=lease_id)
+        timeout = self._config.get_timeout_s if timeout_s is None else timeout_s
+        assembler = RecordAssembler(
+            num_keys=len(keys), max_record_bytes=self._config.max_record_bytes
+        )
+        call = None
+        try:
+            for index, key in enumerate(keys):
+                with self._answering():
+                    if call is None:
+                        call = self._stub.Get(request, timeout=timeout)
+                    buffer = await self._next_record(call, assembler)
+                try:
+                    record = await self._decode(buffer, key, namespace)
+                except BlockCorrupt as error:
+                    self.counters.corrupt += 1
+                    call.cancel()
+                    await self._delete_damaged(key)
+                    raise BlockCorrupt(f"block {index} of {len(keys)}: {error}") from error
+                self.counters.bytes_read += len(buffer)
+                yield record
+        finally:
+            if call is not None:
+                call.cancel()
+
+    async def put(self, key: bytes, record: bytes, *, timeout_s: float | None = None) -> bool:
+        """Stores one encoded record; True when this call stored it, False when it was there.
+
+        Raises StoreFull when the node has no room, BlockCorrupt when the node's checks fail,
+        InvalidRequest when the record breaks a limit. In all cases nothing was changed.
+        """
+        _checked_keys([key])
+        if len(record) > self._config.max_record_bytes:
+            raise InvalidRequest(
+                f"the record has {len(record)} bytes, over max_record_bytes = "
+                f"{self._config.max_record_bytes}"
+            )
+        timeout = self._config.put_timeout_s if timeout_s is None else timeout_s
+        with self._answering(exhausted=StoreFull):
+            reply = await self._stub.Put(_put_frames(key, record), timeout=timeout)
+        if reply.outcome != pb.PutReply.STORED:
+            return False
+        self.counters.bytes_written += len(record)
+        return True
+
+    async def release(self, lease_id: int, *, timeout_s: float | None = None) -> None:
+        """Ends a lease before its time; unknown ones are ignored."""
+        with self._answering():
+            await self._stub.Release(
+                pb.ReleaseRequest(lease_id=lease_id), timeout=self._unary_timeout(timeout_s)
+            )
+
+    async def delete(self, keys: Sequence[bytes], *, timeout_s: float | None = None) -> int:
+        """Removes records; returns how many there were."""
+        request = pb.DeleteRequest(keys=_checked_keys(keys))
+        with self._answering():
+            reply = await self._stub.Delete(request, timeout=self._unary_timeout(timeout_s))
+        return reply.deleted
+
+    async def delete_all(self, *, timeout_s: float | None = None) -> int:
+        """Removes every record of the node; returns how many there were."""
+        timeout = self._config.get_timeout_s if timeout_s is None else timeout_s
+        with self._answering():
+            reply = await self._stub.Delete(pb.DeleteRequest(all=True), timeout=timeout)
+        return reply.deleted
+
+    async def stats(self, *, timeout_s: float | None = None) -> NodeStats:
+        """Counters and sizes of the node."""
+        with self._answering():
+            reply = await self._stub.Stats(
+                pb.StatsRequest(), timeout=self._unary_timeout(timeout_s)
+            )
+        return NodeStats(**{name: getattr(reply, name) for name in NodeStats._fields})
+
+    async def close(self) -> None:
+        """Cancels running calls and closes the connection. Safe to call twice."""
+        if self._prober is not None:
+            self._prober.cancel()
+            await asyncio.gather(self._prober, return_exceptions=True)
+        await self._channel.close()
+        self._verifier.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _unary_timeout(self, timeout_s: float | None) -> float:
+        return self._config.lookup_timeout_s if timeout_s is None else timeout_s
+
+    @contextmanager
+    def _answering(self, *, exhausted: type[KVStoreError] = StoreUnavailable) -> Iterator[None]:
+        """Asks the breaker before a call, tells it the outcome, and translates status codes."""
+        if not self._breaker.allows_call():
+            self.counters.refused += 1
+            raise StoreUnavailable(
+                f"the store at {self._config.address} did not answer lately; not asking it"
+            )
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            translated = _translate(error, self._config.address, exhausted)
+            self._record(translated)
+            raise translated from error
+        except KVStoreError as error:
+            self._record(error)
+            raise
+        else:
+            self._breaker.record_success()
+
+    def _record(self, error: KVStoreError) -> None:
+        if isinstance(error, BlockNotFound):
+            self.counters.not_found += 1
+        if isinstance(error, BlockCorrupt):
+            self.counters.corrupt += 1
+        if not isinstance(error, StoreUnavailable):
+            self._breaker.record_success()
+            return
+        self.counters.failures += 1
+        self._breaker.record_failure()
+        if not self._breaker.allows_call() and (self._prober is None or self._prober.done()):
+            self._prober = asyncio.create_task(self._probe(), name="kvstore-probe")
+
+    async def _probe(self) -> None:
+        """Asks for stats once a cool-down until the node answers: that reaches its backend, too."""
+        while not self._breaker.allows_call():
+            await asyncio.sleep(self._config.cool_down_s)
+            if not self._breaker.try_probe():
+                continue
+            try:
+                await self._stub.Stats(pb.StatsRequest(), timeout=self._config.lookup_timeout_s)
+            except grpc.aio.AioRpcError:
+                self._breaker.record_failure()
+            else:
+                self._breaker.record_success()
+
+    async def _next_record(self, call: Any, assembler: RecordAssembler) -> bytes:
+        while True:
+            try:
+                async with asyncio.timeout(self._config.progress_timeout_s):
+                    frame = await call.read()
+            except TimeoutError:
+                raise StoreUnavailable(
+                    f"the store at {self._config.address} sent nothing for "
+                    f"{self._config.progress_timeout_s} s"
+                ) from None
+            if frame is grpc.aio.EOF:
+                raise StoreUnavailable("the node's stream ended before its last record")
+            buffer = assembler.add(frame)
+            if buffer is not None:
+                return buffer
+
+    async def _decode(self, buffer: bytes, key: bytes, namespace: bytes) -> Record:
+        check = partial(
+            decode_record,
+            buffer,
+            expected_key=key,
+            expected_namespace=namespace,
+            max_record_bytes=self._config.max_record_bytes,
+        )
+        return await self._verifier.run(len(buffer), check)
+
+    async def _delete_damaged(self, key: bytes) -> None:
+        with suppress(StoreUnavailable):  # then the next reader finds it damaged again
+            await self.delete([key])
+
+
+def _checked_keys(keys: Sequence[bytes]) -> list[bytes]:
+    if not 1 <= len(keys) <= DEFAULT_MAX_KEYS:
+        raise InvalidRequest(f"a call must name 1 to {DEFAULT_MAX_KEYS} keys, not {len(keys)}")
+    if any(type(key) is not bytes or len(key) != KEY_BYTES for key in keys):
+        raise InvalidRequest(f"every key must be {KEY_BYTES} bytes")
+    return list(keys)
+
+
+async def _put_frames(key: bytes, record: bytes) -> AsyncIterator[pb.PutFrame]:
+    yield pb.PutFrame(begin=pb.PutBegin(key=key, record_bytes=len(record)))
+    for start in range(0, len(record), FRAME_BYTES):
+        yield pb.PutFrame(chunk=record[start : start + FRAME_BYTES])
+    yield pb.PutFrame(commit=pb.PutCommit())
+
+
+def _translate(
+    error: grpc.aio.AioRpcError, address: str, exhausted: type[KVStoreError]
+) -> KVStoreError:
+    details = error.details() or "no details"
+    kinds: dict[grpc.StatusCode, type[KVStoreError]] = {
+        grpc.StatusCode.NOT_FOUND: BlockNotFound,
+        grpc.StatusCode.DATA_LOSS: BlockCorrupt,
+        grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: exhausted,
+    }
+    kind = kinds.get(error.code())
+    if kind is not None:
+        return kind(details)
+    return StoreUnavailable(f"the store at {address} answered {error.code().name}: {details}")
+
+
+def _channel_options(config: ClientConfig) -> list[tuple[str, int]]:
+    keepalive_ms = int(config.keepalive_s * 1000)
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        # gRPC's defaults notice a dead peer only at the deadline of a call.
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", keepalive_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Heal within about a second; the default backs off up to two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        # One client, one connection: another client's broken one must not fail this one.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+        ("grpc.enable_http_proxy", 0),
+    ]

@@ -1,0 +1,233 @@
+"""The record: a block with its header, byte for byte what is stored and what is moved.
+
+    magic (8) | header length, u32 little-endian (4) | msgpack header | zeros up to 64 n | payload
+
+The header is a msgpack array of fixed length and types. A record has exactly one encoding: the
+decoder re-encodes the header it read and compares, so every bit before the payload is covered
+twice (by that and by the checksum). The payload starts at a multiple of 64 bytes.
+
+Nothing here allocates by a size that was not checked, and no payload byte passes through msgpack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+
+from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES
+from kvferry.kvstore.errors import BlockCorrupt, InvalidRequest
+from kvferry.kvstore.key import DIGEST_BYTES, KEY_BYTES
+
+FORMAT_VERSION = 1
+MAGIC = b"kvferry\x01"
+PAYLOAD_ALIGNMENT = 64
+MAX_HEADER_BYTES = 192
+
+_PREAMBLE = struct.Struct("<8sI")
+_U32_MAX = (1 << 32) - 1
+_CHECKSUM_CONTEXT = b"kvferry/record/1"
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockHeader:
+    """What a record says about its block. `checksum` is SHA-256 over all else and the payload."""
+
+    format_version: int
+    key: bytes  # 32 bytes
+    namespace: bytes  # 32 bytes, `Namespace.digest()`
+    block_index: int  # position of the block in its chain
+    num_tokens: int
+    payload_bytes: int
+    checksum: bytes  # 32 bytes
+
+
+@dataclass(frozen=True)
+class Record:
+    """A verified record. `payload` is a read-only view into the buffer that was decoded."""
+
+    header: BlockHeader
+    payload: memoryview
+    nbytes: int
+    """Size of the whole record, header included."""
+
+
+def encode_record(
+    *,
+    key: bytes,
+    namespace: bytes,
+    block_index: int,
+    num_tokens: int,
+    payload: Sequence[bytes | memoryview],
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES,
+) -> bytes:
+    """The record of one block; the parts of `payload` are joined in order, copied once.
+
+    `key` comes from `block_keys`, `namespace` from `Namespace.digest()`. Raises InvalidRequest
+    for a field out of range or a record over `max_record_bytes`.
+    """
+    parts = [memoryview(part).cast("B") for part in payload]
+    header = BlockHeader(
+        format_version=FORMAT_VERSION,
+        key=key,
+        namespace=namespace,
+        block_index=block_index,
+        num_tokens=num_tokens,
+        payload_bytes=sum(part.nbytes for part in parts),
+        checksum=bytes(DIGEST_BYTES),
+    )
+    problem = _header_problem(_covered_fields(header), max_record_bytes)
+    if problem is not None:
+        raise InvalidRequest(f"cannot encode the record: {problem}")
+    prefix = _encode_prefix(header, _checksum(header, parts))
+    if len(prefix) + header.payload_bytes > max_record_bytes:
+        raise InvalidRequest(
+            f"cannot encode the record: {len(prefix) + header.payload_bytes} bytes are over "
+            f"max_record_bytes = {max_record_bytes}"
+        )
+    return b"".join((prefix, *parts))
+
+
+def decode_record(
+    buffer: Buffer,
+    *,
+    expected_key: bytes,
+    expected_namespace: bytes,
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES,
+) -> Record:
+    """Verifies everything, then returns the record without copying its payload.
+
+    Raises BlockCorrupt, and nothing else, when the bytes are not exactly the one record that was
+    encoded for this key and namespace.
+    """
+    view, header, start = _verify(buffer, expected_key, max_record_bytes)
+    if header.namespace != expected_namespace:
+        raise BlockCorrupt("the record belongs to another namespace")
+    return Record(header=header, payload=view[start:], nbytes=view.nbytes)
+
+
+def verify_record(
+    buffer: Buffer, key: bytes, *, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+) -> BlockHeader:
+    """The node's check: sizes, key and checksum (a node does not know namespaces).
+
+    Raises BlockCorrupt when one of them is wrong.
+    """
+    return _verify(buffer, key, max_record_bytes)[1]
+
+
+def _verify(
+    buffer: Buffer, key: bytes, max_record_bytes: int
+) -> tuple[memoryview, BlockHeader, int]:
+    view = memoryview(buffer).cast("B").toreadonly()
+    if view.nbytes > max_record_bytes:
+        raise BlockCorrupt(
+            f"the record has {view.nbytes} bytes, over max_record_bytes = {max_record_bytes}"
+        )
+    header = _read_header(view, max_record_bytes)
+    prefix = _encode_prefix(header, header.checksum)
+    start = len(prefix)
+    if view.nbytes != start + header.payload_bytes:
+        raise BlockCorrupt(
+            f"the record has {view.nbytes} bytes, its header says {start + header.payload_bytes}"
+        )
+    if view[:start] != prefix:
+        raise BlockCorrupt("the record's header is not in its one valid encoding")
+    if header.key != key:
+        raise BlockCorrupt("the record belongs to another block key")
+    if _checksum(header, [view[start:]]) != header.checksum:
+        raise BlockCorrupt("the record's checksum does not match its bytes")
+    return view, header, start
+
+
+def _read_header(view: memoryview, max_record_bytes: int) -> BlockHeader:
+    if view.nbytes < _PREAMBLE.size:
+        raise BlockCorrupt(f"the record has {view.nbytes} bytes, too few for a header")
+    magic, header_bytes = _PREAMBLE.unpack_from(view)
+    if magic != MAGIC:
+        raise BlockCorrupt("the bytes do not start like a record")
+    if header_bytes > MAX_HEADER_BYTES or _PREAMBLE.size + header_bytes > view.nbytes:
+        raise BlockCorrupt(f"the record's header length {header_bytes} is impossible")
+    try:
+        fields = msgpack.unpackb(
+            view[_PREAMBLE.size : _PREAMBLE.size + header_bytes],
+            use_list=False,
+            raw=True,
+            strict_map_key=True,
+            max_str_len=0,
+            max_bin_len=DIGEST_BYTES,
+            max_array_len=7,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        raise BlockCorrupt("the record's header is not valid msgpack") from error
+    if type(fields) is not tuple or len(fields) != 7:
+        raise BlockCorrupt("the record's header does not have its seven fields")
+    checksum = fields[6]
+    if type(checksum) is not bytes or len(checksum) != DIGEST_BYTES:
+        raise BlockCorrupt(f"the record's checksum is not {DIGEST_BYTES} bytes")
+    problem = _header_problem(fields[:6], max_record_bytes)
+    if problem is not None:
+        raise BlockCorrupt(f"the record's header is impossible: {problem}")
+    version, key, namespace, block_index, num_tokens, payload_bytes = fields[:6]
+    return BlockHeader(
+        format_version=version,
+        key=key,
+        namespace=namespace,
+        block_index=block_index,
+        num_tokens=num_tokens,
+        payload_bytes=payload_bytes,
+        checksum=checksum,
+    )
+
+
+def _header_problem(fields: tuple[Any, ...], max_record_bytes: int) -> str | None:
+    """Why these six fields cannot stand in a header, or None when they can."""
+    version, key, namespace, block_index, num_tokens, payload_bytes = fields
+    if type(version) is not int or version != FORMAT_VERSION:
+        return f"the format version is not {FORMAT_VERSION}"
+    if type(key) is not bytes or len(key) != KEY_BYTES:
+        return f"the key is not {KEY_BYTES} bytes"
+    if type(namespace) is not bytes or len(namespace) != DIGEST_BYTES:
+        return f"the namespace is not {DIGEST_BYTES} bytes"
+    for name, value, low, high in (
+        ("block_index", block_index, 0, _U32_MAX),
+        ("num_tokens", num_tokens, 1, _U32_MAX),
+        ("payload_bytes", payload_bytes, 0, max_record_bytes),
+    ):
+        if type(value) is not int or not low <= value <= high:
+            return f"{name} is not an integer from {low} to {high}"
+    return None
+
+
+def _covered_fields(header: BlockHeader) -> tuple[Any, ...]:
+    return (
+        header.format_version,
+        header.key,
+        header.namespace,
+        header.block_index,
+        header.num_tokens,
+        header.payload_bytes,
+    )
+
+
+def _checksum(header: BlockHeader, payload: Sequence[bytes | memoryview]) -> bytes:
+    # msgpack is self-delimiting and payload_bytes is among the fields, so the hashed bytes can
+    # be split in one way only.
+    digest = hashlib.sha256(_CHECKSUM_CONTEXT + msgpack.packb(_covered_fields(header)))
+    for part in payload:
+        digest.update(part)
+    return digest.digest()
+
+
+def _encode_prefix(header: BlockHeader, checksum: bytes) -> bytes:
+    packed: bytes = msgpack.packb((*_covered_fields(header), checksum))
+    prefix = _PREAMBLE.pack(MAGIC, len(packed)) + packed
+    return prefix + bytes(-len(prefix) % PAYLOAD_ALIGNMENT)

@@ -1,0 +1,224 @@
+"""The KVStore service: the proto's promises on top of a backend. Errors leave as KVStoreError."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from kvferry.kvstore.backend import Backend
+from kvferry.kvstore.codec import verify_record
+from kvferry.kvstore.config import FRAME_BYTES, MIB, NodeConfig
+from kvferry.kvstore.errors import BlockCorrupt, InvalidRequest, StoreFull
+from kvferry.kvstore.key import KEY_BYTES
+from kvferry.kvstore.staging import StagedRecord, Staging
+from kvferry.kvstore.verifier import Verifier
+from kvferry.proto import kvstore_pb2 as pb
+from kvferry.proto import kvstore_pb2_grpc
+
+_log = logging.getLogger(__name__)
+
+# A Get reads this much from the backend at a time (one round trip to Redis), going by the size of
+# the last record. More only holds memory: the wire is slower than the backend.
+_READ_AHEAD_BYTES = 8 * MIB
+_READ_AHEAD_KEYS = 64
+
+
+@dataclass
+class NodeCounters:
+    """What this node did since it started."""
+
+    lookups: int = 0
+    hits: int = 0
+    misses: int = 0
+    puts: int = 0
+    rejected: int = 0
+    corrupt: int = 0
+
+
+class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
+    """Serves one backend. Owns staging and counters, not the backend."""
+
+    def __init__(self, backend: Backend, config: NodeConfig) -> None:
+        self.counters = NodeCounters()
+        self._backend = backend
+        self._config = config
+        self._staging = Staging(max_bytes=config.max_staged_bytes)
+        self._verifier = Verifier()
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes reserved by puts in progress."""
+        return self._staging.staged_bytes
+
+    def close(self) -> None:
+        """Ends the verifying thread."""
+        self._verifier.close()
+
+    async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupReply:
+        """Counts the contiguous prefix; leases it where the backend can pin records."""
+        keys = self._checked_keys(request.keys)
+        self.counters.lookups += 1
+        leases = self._backend.leases
+        lease_s = min(request.lease_ms / 1000, self._config.max_lease_s)
+        lease_id = 0
+        # Leased before they are counted: nothing that is counted can be evicted in between.
+        if leases is not None and lease_s > 0:
+            lease_id = leases.grant(keys, lease_s)
+        try:
+            present = await self._backend.contains(keys)
+        except BaseException:
+            if leases is not None and lease_id:
+                leases.release(lease_id)
+            raise
+        num_contiguous = present.index(False) if False in present else len(present)
+        if leases is not None and lease_id:
+            leases.narrow(lease_id, num_contiguous)
+        if lease_id == 0 or num_contiguous == 0:
+            return pb.LookupReply(num_contiguous=num_contiguous)
+        return pb.LookupReply(
+            num_contiguous=num_contiguous, lease_id=lease_id, lease_ms=int(lease_s * 1000)
+        )
+
+    async def Get(self, request: pb.GetRequest, context: Any) -> AsyncIterator[pb.GetFrame]:
+        """Streams verified records; a damaged one is deleted and reported as missing."""
+        keys = self._checked_keys(request.keys)
+        leases = self._backend.leases
+        if leases is not None and not leases.renew(request.lease_id):
+            # No lease, so no Lookup counted this use of the chain.
+            await self._backend.contains(keys)
+        start, num_ahead = 0, 1
+        while start < len(keys):
+            batch = keys[start : start + num_ahead]
+            records = await self._backend.get(batch)
+            if leases is not None:
+                leases.renew(request.lease_id)
+            for offset, record in enumerate(records):
+                index = start + offset
+                if record is None or not await self._is_intact(keys[index], record):
+                    self.counters.misses += 1
+                    yield pb.GetFrame(index=index, missing=True)
+                    return
+                self.counters.hits += 1
+                for frame in _frames(index, record):
+                    yield frame
+                num_ahead = max(1, min(_READ_AHEAD_BYTES // len(record), _READ_AHEAD_KEYS))
+            start += len(batch)
+
+    async def Put(self, request_iterator: AsyncIterator[pb.PutFrame], context: Any) -> pb.PutReply:
+        """Stages, verifies, then makes the record visible with one backend call."""
+        try:
+            stored = await self._put(request_iterator)
+        except (StoreFull, BlockCorrupt):
+            self.counters.rejected += 1
+            raise
+        if not stored:
+            return pb.PutReply(outcome=pb.PutReply.EXISTED)
+        self.counters.puts += 1
+        return pb.PutReply(outcome=pb.PutReply.STORED)
+
+    async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseReply:
+        """Ends a lease; unknown ones are ignored."""
+        if self._backend.leases is not None:
+            self._backend.leases.release(request.lease_id)
+        return pb.ReleaseReply()
+
+    async def Delete(self, request: pb.DeleteRequest, context: Any) -> pb.DeleteReply:
+        """Removes the given keys, or everything."""
+        if request.all and request.keys:
+            raise InvalidRequest("a delete names keys or sets all, not both")
+        keys = None if request.all else self._checked_keys(request.keys)
+        return pb.DeleteReply(deleted=await self._backend.delete(keys))
+
+    async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsReply:
+        """Counters of this node, sizes of its backend."""
+        backend = await self._backend.stats()
+        return pb.StatsReply(
+            records=backend.records,
+            bytes=backend.bytes,
+            capacity_bytes=backend.capacity_bytes,
+            lookups=self.counters.lookups,
+            hits=self.counters.hits,
+            misses=self.counters.misses,
+            puts=self.counters.puts,
+            evictions=backend.evictions,
+            rejected=self.counters.rejected,
+            backend=backend.name,
+        )
+
+    async def _put(self, frames: AsyncIterator[pb.PutFrame]) -> bool:
+        timeout_s = self._config.staging_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                key, record_bytes = self._checked_begin(await anext(frames, None))
+                if (await self._backend.contains([key]))[0]:
+                    return False  # spares the sender the rest of its record
+                with self._staging.stage(key, record_bytes) as staged:
+                    await _receive(frames, staged)
+                    record = staged.join()
+                    check = partial(
+                        verify_record, record, key, max_record_bytes=self._config.max_record_bytes
+                    )
+                    await self._verifier.run(len(record), check)
+                    return await self._backend.put(key, record)
+        except TimeoutError:
+            raise InvalidRequest(
+                f"the put did not commit within {timeout_s} s of its start; nothing was stored"
+            ) from None
+
+    async def _is_intact(self, key: bytes, record: bytes) -> bool:
+        check = partial(verify_record, record, key, max_record_bytes=self._config.max_record_bytes)
+        try:
+            await self._verifier.run(len(record), check)
+        except BlockCorrupt as error:
+            self.counters.corrupt += 1
+            _log.warning("deleted a damaged record: %s", error)
+            await self._backend.delete([key])
+            return False
+        return True
+
+    def _checked_keys(self, keys: Sequence[bytes]) -> list[bytes]:
+        limit = self._config.max_keys_per_request
+        if not 1 <= len(keys) <= limit:
+            raise InvalidRequest(f"a request must name 1 to {limit} keys, not {len(keys)}")
+        if any(len(key) != KEY_BYTES for key in keys):
+            raise InvalidRequest(f"every key must be {KEY_BYTES} bytes")
+        return list(keys)
+
+    def _checked_begin(self, frame: pb.PutFrame | None) -> tuple[bytes, int]:
+        if frame is None or frame.WhichOneof("frame") != "begin":
+            raise InvalidRequest("a put must start with a begin frame")
+        key, record_bytes = frame.begin.key, frame.begin.record_bytes
+        if len(key) != KEY_BYTES:
+            raise InvalidRequest(f"the key must be {KEY_BYTES} bytes, not {len(key)}")
+        limit = self._config.max_record_bytes
+        if not 1 <= record_bytes <= limit:
+            raise InvalidRequest(
+                f"a record must have 1 to {limit} bytes, not {record_bytes}; "
+                "use a smaller block size or raise max_record_bytes on node and clients"
+            )
+        return key, record_bytes
+
+
+async def _receive(frames: AsyncIterator[pb.PutFrame], staged: StagedRecord) -> None:
+    """Appends chunks until the commit frame. Raises InvalidRequest when it does not come."""
+    async for frame in frames:
+        kind = frame.WhichOneof("frame")
+        if kind == "commit":
+            return
+        if kind != "chunk":
+            raise InvalidRequest("after its begin frame a put may send chunks and one commit only")
+        staged.append(frame.chunk)
+    raise InvalidRequest("the put ended without a commit; nothing was stored")
+
+
+def _frames(index: int, record: bytes) -> Iterator[pb.GetFrame]:
+    for start in range(0, len(record), FRAME_BYTES):
+        yield pb.GetFrame(
+            index=index,
+            record_bytes=len(record) if start == 0 else 0,
+            chunk=record[start : start + FRAME_BYTES],
+        )

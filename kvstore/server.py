@@ -1,0 +1,121 @@
+"""A KV store node on a port, usable inside any asyncio process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from kvferry.kvstore.backend import Backend
+from kvferry.kvstore.config import MAX_MESSAGE_BYTES, NodeConfig
+from kvferry.kvstore.interceptor import SERVICE_NAME, ErrorInterceptor
+from kvferry.kvstore.node import KVStoreNode, NodeCounters
+from kvferry.proto import kvstore_pb2_grpc
+
+_HEALTH_NAMES = (health.OVERALL_HEALTH, SERVICE_NAME)
+
+
+class KVStoreServer:
+    """Serves `backend` until `stop`, which also closes it. Start it once, on one event loop.
+
+    `interceptors` run before the store's own (authentication belongs there). Without
+    `credentials` the port speaks plain text.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: NodeConfig | None = None,
+        *,
+        interceptors: Sequence[Any] = (),
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        self._backend = backend
+        self._config = config if config is not None else NodeConfig()
+        self._interceptors = tuple(interceptors)
+        self._credentials = credentials
+        self._node = KVStoreNode(backend, self._config)
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._port = 0
+
+    @property
+    def address(self) -> str:
+        """host:port that clients use, once started."""
+        return _join_address(self._config.host, self._port)
+
+    @property
+    def counters(self) -> NodeCounters:
+        """The node's own counters; live, do not change them."""
+        return self._node.counters
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes reserved by puts in progress."""
+        return self._node.staged_bytes
+
+    async def start(self) -> int:
+        """Binds, serves and returns the port. Raises OSError when it cannot bind."""
+        server = grpc.aio.server(
+            interceptors=(
+                *self._interceptors,
+                ErrorInterceptor(stalled_reader_s=self._config.stalled_reader_s),
+            ),
+            options=_server_options(self._config),
+            maximum_concurrent_rpcs=self._config.max_concurrent_calls,
+        )
+        kvstore_pb2_grpc.add_KVStoreServicer_to_server(self._node, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        address = _join_address(self._config.host, self._config.port)
+        try:
+            if self._credentials is None:
+                self._port = server.add_insecure_port(address)
+            else:
+                self._port = server.add_secure_port(address, self._credentials)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        await server.start()
+        self._server = server
+        for name in _HEALTH_NAMES:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return self._port
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Health goes NOT_SERVING, running calls get `grace_s`, then all is closed."""
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+            self._server = None
+        self._node.close()
+        await self._backend.close()
+
+    async def wait(self) -> None:
+        """Returns when the server has stopped."""
+        if self._server is not None:
+            await self._server.wait_for_termination()
+
+
+def _join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _server_options(config: NodeConfig) -> list[tuple[str, int]]:
+    keepalive_ms = int(config.keepalive_s * 1000)
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        # A second node on the same port must fail, not share its traffic.
+        ("grpc.so_reuseport", 0),
+        # Without keepalive a server never notices a stopped client and keeps its staging room.
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", keepalive_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Clients ping once a second; by default a server answers that with "too_many_pings".
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 200),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.max_metadata_size", 16 << 10),
+    ]

@@ -1,0 +1,1 @@
+"""Prompt to blocks: canonical prefill, and publishing what it packs."""

@@ -1,0 +1,23 @@
+"""Settings of a prefill worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillConfig:
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0: any free port."""
+    max_requests: int = 64
+    """Requests in the worker at once, waiting ones included; more are shed with RESOURCE_EXHAUSTED."""
+    max_prompt_tokens_in_flight: int = 262_144
+    """Prompt tokens of all requests in the worker: bounds its memory for blocks."""
+    handoff_timeout_s: float = 60.0
+    """How long blocks are kept for a decode worker that has the handoff but has not closed the stream."""
+    lookup_timeout_s: float = 0.2
+    """Longest wait for the store's answer to a look-up: what a dead store may add to TTFT."""
+    fetch_timeout_s: float = 30.0
+    """Longest fetch of a cached prefix; a stalled one is abandoned much earlier by the store client."""
+    put_timeout_s: float = 2.0

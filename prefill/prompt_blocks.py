@@ -1,0 +1,48 @@
+"""The blocks of one prompt while it is being prefilled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvferry.kernels.layout import BlockLayout
+from kvferry.kernels.packed import PackedPrefix
+
+
+class PromptBlocks:
+    """Packed blocks, sinks and fp16 tail of one prompt, on the model's device. Owned by one request.
+
+    Block i of the prompt is row i of `pool`; blocks [0, num_ready) are complete and never change again.
+    """
+
+    def __init__(self, layout: BlockLayout, num_tokens: int, device: torch.device) -> None:
+        self.layout = layout
+        self.num_blocks, self.tail_len = divmod(num_tokens, layout.block_size)
+        self.num_ready = 0
+        self.pool = torch.empty((self.num_blocks, *layout.pool_shape), dtype=torch.uint8, device=device)
+        self.sinks = torch.zeros(layout.sink_shape, dtype=torch.float16, device=device)
+        layers, two, heads, _, dim = layout.tail_shape
+        self.tail = torch.empty((layers, two, heads, self.tail_len, dim), dtype=torch.float16, device=device)
+        self._table = torch.arange(self.num_blocks, dtype=torch.int32, device=device)
+
+    def prefix(self, num_blocks: int) -> PackedPrefix:
+        """The first `num_blocks` blocks, as the chunk after them sees them."""
+        return PackedPrefix(pool=self.pool, table=self._table[:num_blocks], sinks=self.sinks)
+
+    def load(self, index: int, payload: Tensor) -> None:
+        """Takes block `index` from its stored payload (uint8). Raises ValueError for a wrong size."""
+        block, sinks = self.layout.split_payload(payload, index)
+        self.pool[index].copy_(block)
+        if sinks is not None:
+            self.sinks.copy_(sinks)
+        self.num_ready = index + 1
+
+    def payload(self, index: int) -> memoryview:
+        """Payload of block `index` in host memory."""
+        sinks = self.sinks if index == 0 else None
+        joined = self.layout.join_payload(self.pool[index], sinks)
+        return joined.cpu().numpy().data
+
+    def tail_bytes(self) -> bytes:
+        """fp16 [layer][K|V][kv_head][token][head_dim] of the incomplete block; empty if there is none."""
+        return self.tail.cpu().numpy().tobytes()

@@ -1,0 +1,180 @@
+"""The prefill worker on the wire: `PrefillSession` behind the Prefill service."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+
+import grpc
+
+from kvferry.kernels.sampling import SampledToken, SamplingParams
+from kvferry.kvstore.client import StoreClient
+from kvferry.kvstore.config import FRAME_BYTES
+from kvferry.kvstore.identity import namespace_of
+from kvferry.prefill.config import PrefillConfig
+from kvferry.prefill.engine import PrefillEngine
+from kvferry.prefill.session import BlockReady, Event, HandoffReady, PrefillSession, PrefillUsage
+from kvferry.proto import worker_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 10.0
+"""How long a stream may be open before it says what it wants."""
+
+Context = grpc.aio.ServicerContext[worker_pb2.PrefillCommand, worker_pb2.PrefillEvent]
+
+
+class PrefillServicer(worker_pb2_grpc.PrefillServicer):
+    """Admits requests and translates between sessions and the stream. Holds no per-request state of its own."""
+
+    def __init__(
+        self,
+        *,
+        engine: PrefillEngine,
+        store: StoreClient | None,
+        info: worker_pb2.WorkerInfo,
+        config: PrefillConfig,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._info = info
+        self._config = config
+        self._requests = 0
+        self._tokens = 0
+
+    async def Prefill(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[worker_pb2.PrefillCommand], context: Context
+    ) -> None:
+        start = await self._read_start(context)
+        await self._check(start, context)
+        self._requests += 1
+        self._tokens += len(start.token_ids)
+        try:
+            await self._serve(start, context)
+        finally:
+            self._requests -= 1
+            self._tokens -= len(start.token_ids)
+
+    async def _read_start(self, context: Context) -> worker_pb2.PrefillStart:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            command = await _read(context)
+        if command is None or command.WhichOneof("command") != "start":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be `start`")
+        return command.start
+
+    async def _check(self, start: worker_pb2.PrefillStart, context: Context) -> None:
+        """Ends the call with a status when the request cannot be served here."""
+        n = len(start.token_ids)
+        if start.identity != self._info.identity:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "this prefill worker serves another model, tokenizer, quantization spec, layout or numerics class; "
+                "start all workers from the same configuration",
+            )
+        if not 0 < n < self._info.max_model_len:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"{n} prompt tokens; this model takes 1 to {self._info.max_model_len - 1}",
+            )
+        if not start.tenant:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "tenant is empty")
+        if self._requests >= self._config.max_requests or self._tokens + n > self._config.max_prompt_tokens_in_flight:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the prefill worker is full ({self._requests} requests, {self._tokens} prompt tokens); try later",
+            )
+
+    async def _serve(self, start: worker_pb2.PrefillStart, context: Context) -> None:
+        session = PrefillSession(
+            token_ids=list(start.token_ids),
+            sampling=SamplingParams.of(start.sampling),
+            namespace=namespace_of(self._info.identity, tenant=start.tenant, block_size=self._info.block_size),
+            engine=self._engine,
+            store=self._store,
+            config=self._config,
+        )
+        write_lock = asyncio.Lock()
+        compute = asyncio.create_task(session.run())
+        events = asyncio.create_task(_send_events(session, context, write_lock))
+        commands = asyncio.create_task(_answer_commands(session, context, write_lock))
+        try:
+            await _first_failure(compute, events, commands)
+            # Everything is announced; the caller may still ask for blocks until it half-closes.
+            async with asyncio.timeout(self._config.handoff_timeout_s):
+                await commands
+        except TimeoutError:
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"the handoff was not taken within {self._config.handoff_timeout_s} s; its blocks are released",
+            )
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INTERNAL, f"prefill failed: {error}")
+        finally:
+            for task in (compute, events, commands):
+                task.cancel()
+            await asyncio.gather(compute, events, commands, return_exceptions=True)
+
+
+async def _read(context: Context) -> worker_pb2.PrefillCommand | None:
+    """The caller's next command; None when it has half-closed."""
+    command: object = await context.read()
+    return command if isinstance(command, worker_pb2.PrefillCommand) else None
+
+
+async def _first_failure(compute: asyncio.Task[None], events: asyncio.Task[None], commands: asyncio.Task[None]) -> None:
+    """Waits until all events are sent; raises the first exception of any of the tasks."""
+    waiting = {compute, events, commands}
+    while not events.done() and waiting:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+
+async def _send_events(session: PrefillSession, context: Context, lock: asyncio.Lock) -> None:
+    while True:
+        event = await session.next_event()
+        async with lock:
+            for message in event_to_pb(event):
+                await context.write(message)
+        if isinstance(event, PrefillUsage):
+            return
+
+
+async def _answer_commands(session: PrefillSession, context: Context, lock: asyncio.Lock) -> None:
+    """Sends the blocks that the caller asks for, until it half-closes."""
+    while (command := await _read(context)) is not None:
+        for index in command.send_blocks.indices:
+            record = memoryview(session.record(index))
+            async with lock:
+                for offset in range(0, len(record), FRAME_BYTES):
+                    frame = worker_pb2.BlockFrame(
+                        index=index,
+                        record_bytes=len(record) if offset == 0 else 0,
+                        chunk=bytes(record[offset : offset + FRAME_BYTES]),
+                    )
+                    await context.write(worker_pb2.PrefillEvent(block=frame))
+
+
+def event_to_pb(event: Event) -> Iterator[worker_pb2.PrefillEvent]:
+    """The messages that carry one event."""
+    match event:
+        case BlockReady(index, in_store):
+            ready = worker_pb2.BlockReady(index=index, in_store=in_store)
+            yield worker_pb2.PrefillEvent(block_ready=ready)
+        case HandoffReady(token, tail):
+            handoff = worker_pb2.Handoff(first_token=token_to_pb(token), tail_bytes=len(tail))
+            yield worker_pb2.PrefillEvent(handoff=handoff)
+            for offset in range(0, len(tail), FRAME_BYTES):
+                yield worker_pb2.PrefillEvent(tail_chunk=tail[offset : offset + FRAME_BYTES])
+        case _:
+            yield worker_pb2.PrefillEvent(finished=worker_pb2.PrefillUsage(**vars(event)))
+
+
+def token_to_pb(token: SampledToken) -> worker_pb2.TokenChunk:
+    return worker_pb2.TokenChunk(
+        index=0,
+        token_id=token.token_id,
+        logprob=token.logprob or 0.0,
+        top_logprobs=[worker_pb2.TokenLogprob(token_id=i, logprob=p) for i, p in token.top_logprobs],
+    )
