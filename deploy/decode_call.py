@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 import grpc
 
 from kvferry.deploy.answer import Answer
+from kvferry.deploy.error_metadata import RETRY_AFTER_KEY
 from kvferry.deploy.errors import (
     BrokenStream,
     DeadlineExceeded,
@@ -19,7 +20,6 @@ from kvferry.deploy.errors import (
     WorkerFailed,
     WorkerLost,
 )
-from kvferry.deploy.interceptor import RETRY_AFTER_KEY
 from kvferry.deploy.worker_pool import PooledWorker
 from kvferry.proto import inference_pb2, worker_pb2
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from kvferry.deploy.error_metadata import ERROR_KEY, RETRY_AFTER_KEY
 from kvferry.deploy.errors import (
     DeadlineExceeded,
     MalformedRequest,
@@ -26,7 +27,6 @@ from kvferry.deploy.errors import (
 
 _logger = logging.getLogger(__name__)
 
-RETRY_AFTER_KEY = "retry-after-ms"
 _NO_DEADLINE_S = 10 * 365 * 24 * 3600.0  # gRPC tells a very long time when the client set none
 
 
@@ -102,8 +102,10 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-
         if isinstance(error, TimeoutError):
             error = DeadlineExceeded("The request's time is over.")
         if isinstance(error, RequestError):
-            trailing = ((RETRY_AFTER_KEY, str(error.retry_after_ms)),) if isinstance(error, Overloaded) else ()
-            await context.abort(status_code(error), str(error), trailing_metadata=trailing)
+            trailing = [(ERROR_KEY, type(error).__name__)]
+            if isinstance(error, Overloaded):
+                trailing.append((RETRY_AFTER_KEY, str(error.retry_after_ms)))
+            await context.abort(status_code(error), str(error), trailing_metadata=tuple(trailing))
         # The message of an unforeseen error may quote a prompt, so only its place is logged.
         place = "".join(traceback.format_tb(error.__traceback__))
         _logger.error("unforeseen %s at\n%s", type(error).__name__, place)

@@ -12,7 +12,9 @@ else is in the batch. A program reads K and V once for all query heads that shar
 """
 
 # Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# Nor does it compile (*tuple, item).
+# ruff: noqa: RUF005
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ from torch import Tensor
 
 from kvferry.kernels.packed import DecodeBatch
 from kvferry.kernels.triton_unpack import (
-    dequantize,
     field_channel,
+    fused_multiply_add,
     half_of_pair,
     load_words,
     unpack,
@@ -149,7 +151,8 @@ def packed_attention_fwd_kernel(
         for f in tl.static_range(STEPS):
             scale = half_of_pair(key_scales[f % 4], (byte > 0) if SPLIT else (f >= 4))
             zero = half_of_pair(key_zeros[f % 4], (byte > 0) if SPLIT else (f >= 4))
-            key = dequantize(key_words, scale[None, :], zero[None, :], f, ASM)
+            unit = unpack(key_words, f, ASM)
+            key = fused_multiply_add(unit, scale[None, :], zero[None, :], ASM)
             scores = tl.dot(key, queries[f], scores)
         scores = scores * scale_log2
         if SINKS > 0:
@@ -204,12 +207,8 @@ def attend_rows(
     token = start + tl.arange(0, TILE)
     channel = tl.arange(0, HEAD_DIM)
     exists = token < count
-    keys = tl.load(
-        key_ptr + token[:, None] * HEAD_DIM + channel[None, :], mask=exists[:, None], other=0.0
-    )
-    values = tl.load(
-        value_ptr + token[None, :] * HEAD_DIM + channel[:, None], mask=exists[None, :], other=0.0
-    )
+    keys = tl.load(key_ptr + token[:, None] * HEAD_DIM + channel[None, :], mask=exists[:, None], other=0.0)
+    values = tl.load(value_ptr + token[None, :] * HEAD_DIM + channel[:, None], mask=exists[None, :], other=0.0)
     scores = tl.where(exists[:, None], tl.dot(keys, queries) * scale_log2, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=0))
     decay = tl.exp2(peak - new_peak)
@@ -318,9 +317,7 @@ def merge_fwd_kernel(
     tl.store(out_ptr + (row * HEADS * GROUP + query_head) * HEAD_DIM + channel, acc / total)
 
 
-def decode_attention(
-    query: Tensor, batch: DecodeBatch, *, layer: int, scale: float, asm: bool, narrow: int
-) -> Tensor:
+def decode_attention(query: Tensor, batch: DecodeBatch, *, layer: int, scale: float, asm: bool, narrow: int) -> Tensor:
     """`PackedKernels.decode_attention`. Never synchronizes; every launch has a shape fixed by the arguments' shapes.
 
     `narrow` is the least number of query columns a dot takes on this device: 8 on CUDA, 16 on HIP.

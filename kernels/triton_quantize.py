@@ -6,7 +6,7 @@ into words.
 """
 
 # Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kvferry.kernels import reference
+from kvferry.kernels.layout import FOLD as LAYOUT_FOLD
+from kvferry.kernels.layout import PAGE
 
-TOKENS = tl.constexpr(32)
+SIDE = tl.constexpr(PAGE)
 """Tokens a page and values a group."""
 FIT_SHRINK = tl.constexpr(reference.FIT_SHRINK)
 FIT_STEPS = tl.constexpr(reference.FIT_STEPS)
 MIN_FOLDED_SCALE = tl.constexpr(reference.MIN_FOLDED_SCALE)
 MAX_FOLDED = tl.constexpr(reference.MAX_FOLDED)
 LIMIT = tl.constexpr(reference.LIMIT)
-FOLD = tl.constexpr(reference.FOLD)
+FOLD = tl.constexpr(LAYOUT_FOLD)
 ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds a small fp32 number to the nearest integer, ties to even."""
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
@@ -71,9 +73,68 @@ def fit_groups(x, valid):
 
 
 @triton.jit
-def is_bad(x):
-    """Whether a tile holds a number that is not finite (fp16 as fp32: the largest is 65504)."""
-    return tl.sum(tl.where(tl.abs(x) <= 65504.0, 0, 1)) > 0
+def flag_not_finite(flag_ptr, x):
+    """fp16 as fp32: the largest number is 65504."""
+    if tl.sum(tl.where(tl.abs(x) <= MAX_FOLDED, 0, 1)) > 0:
+        tl.store(flag_ptr, 1)
+
+
+@triton.jit
+def quantize_keys(
+    page_ptr,  # fp16 [32, D], the page's first token
+    token_stride,
+    first_token,
+    sink_tokens,
+    words_ptr,
+    halves_ptr,
+    flag_ptr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Row of the tile: channel; column: token. Channel f * D/4 + 2 j + h is in bits 2 f + 8 h of word j."""
+    channel = tl.arange(0, HEAD_DIM)
+    token = tl.arange(0, SIDE)
+    word = tl.arange(0, HEAD_DIM // 8)
+    x = tl.load(page_ptr + token[None, :] * token_stride + channel[:, None]).to(tl.float32)
+    flag_not_finite(flag_ptr, x)
+    valid = (first_token + token >= sink_tokens)[None, :] & (channel >= 0)[:, None]
+    codes, scale, zero = fit_groups(x, valid)
+    tl.store(halves_ptr + 4 * HEAD_DIM + channel, scale)
+    tl.store(halves_ptr + 5 * HEAD_DIM + channel, zero)
+    shift = channel // (HEAD_DIM // 4) * 2 + channel % 2 * 8
+    fields = codes.to(tl.int32) << shift[:, None]
+    halves = tl.sum(tl.reshape(fields, [4, HEAD_DIM // 4, SIDE]), axis=0)
+    words = tl.sum(tl.reshape(halves, [HEAD_DIM // 8, 2, SIDE]), axis=1)
+    tl.store(words_ptr + word[:, None] * SIDE + token[None, :], words.to(tl.int16))
+
+
+@triton.jit
+def quantize_values(
+    page_ptr,  # fp16 [32, D], the page's first token
+    token_stride,
+    first_token,
+    sink_tokens,
+    bytes_ptr,
+    halves_ptr,
+    flag_ptr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Row of the tile: group g of token t, at t * D/32 + g; column: channel of the group. Channel f * D/4 + b is in
+    bits 2 f of byte b."""
+    GROUPS: tl.constexpr = HEAD_DIM // SIDE
+    row = tl.arange(0, HEAD_DIM)
+    token = row // GROUPS
+    channel = (row % GROUPS * SIDE)[:, None] + tl.arange(0, SIDE)[None, :]
+    x = tl.load(page_ptr + token[:, None] * token_stride + channel).to(tl.float32)
+    flag_not_finite(flag_ptr, x)
+    valid = (first_token + token >= sink_tokens)[:, None] & (channel >= 0)
+    codes, scale, zero = fit_groups(x, valid)
+    stored = row % GROUPS * SIDE + token  # [group][token]
+    tl.store(halves_ptr + 10 * HEAD_DIM + stored, scale)
+    tl.store(halves_ptr + 11 * HEAD_DIM + stored, zero)
+    fields = codes.to(tl.int32) << (channel // (HEAD_DIM // 4) * 2)
+    packed = tl.sum(tl.reshape(fields, [SIDE, 4, HEAD_DIM // 4]), axis=1)
+    place = tl.arange(0, SIDE)[:, None] * (HEAD_DIM // 4) + tl.arange(0, HEAD_DIM // 4)[None, :]
+    tl.store(bytes_ptr + 12 * HEAD_DIM + place, packed.to(tl.uint8))
 
 
 @triton.jit
@@ -95,60 +156,28 @@ def quantize_fwd_kernel(
     """One page of one KV head: keys in programs (.., .., 0), values in programs (.., .., 1)."""
     page = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
+    first = page * SIDE
     base = (head * PAGES + page) * (12 * HEAD_DIM)  # in 16-bit units
-    group = tl.arange(0, HEAD_DIM)
-    i = tl.arange(0, TOKENS)
     if tl.program_id(2) == 0:
-        # Row: channel; column: token. Word j of a token has channel f * D/4 + 2 j + h in bits 2 f + 8 h.
-        token = page * TOKENS + i
-        x = tl.load(
-            key_ptr + head * key_head_stride + token[None, :] * key_token_stride + group[:, None]
-        ).to(tl.float32)
-        valid = (token >= sink_tokens)[None, :] & (group >= 0)[:, None]
-        codes, scale, zero = fit_groups(x, valid)
-        tl.store(halves_ptr + base + 4 * HEAD_DIM + group, scale)
-        tl.store(halves_ptr + base + 5 * HEAD_DIM + group, zero)
-        shift = group // (HEAD_DIM // 4) * 2 + group % 2 * 8
-        fields = codes.to(tl.int32) << shift[:, None]
-        halves = tl.sum(tl.reshape(fields, [4, HEAD_DIM // 4, TOKENS]), axis=0)
-        words = tl.sum(tl.reshape(halves, [HEAD_DIM // 8, 2, TOKENS]), axis=1)
-        word = tl.arange(0, HEAD_DIM // 8)
-        tl.store(words_ptr + base + word[:, None] * TOKENS + i[None, :], words.to(tl.int16))
+        quantize_keys(
+            key_ptr + head * key_head_stride + first * key_token_stride, key_token_stride,
+            first, sink_tokens, words_ptr + base, halves_ptr + base, flag_ptr, HEAD_DIM,
+        )  # fmt: skip
     else:
-        # Row: group g of token t, row t * D/32 + g; column: channel in the group. Byte b of a token has channel
-        # f * D/4 + b in bits 2 f.
-        GROUPS: tl.constexpr = HEAD_DIM // TOKENS
-        token = page * TOKENS + group // GROUPS
-        channel = (group % GROUPS * TOKENS)[:, None] + i[None, :]
-        x = tl.load(
-            value_ptr + head * value_head_stride + token[:, None] * value_token_stride + channel
-        ).to(tl.float32)
-        valid = (token >= sink_tokens)[:, None] & (i >= 0)[None, :]
-        codes, scale, zero = fit_groups(x, valid)
-        column = group % GROUPS * TOKENS + group // GROUPS  # stored [group][token]
-        tl.store(halves_ptr + base + 10 * HEAD_DIM + column, scale)
-        tl.store(halves_ptr + base + 11 * HEAD_DIM + column, zero)
-        fields = codes.to(tl.int32) << (channel // (HEAD_DIM // 4) * 2)
-        packed = tl.sum(tl.reshape(fields, [TOKENS, 4, HEAD_DIM // 4]), axis=1)
-        b = tl.arange(0, HEAD_DIM // 4)
-        tl.store(
-            bytes_ptr + 2 * base + 12 * HEAD_DIM + i[:, None] * (HEAD_DIM // 4) + b[None, :],
-            packed.to(tl.uint8),
-        )
-    if is_bad(x):
-        tl.store(flag_ptr, 1)
+        quantize_values(
+            value_ptr + head * value_head_stride + first * value_token_stride, value_token_stride,
+            first, sink_tokens, bytes_ptr + 2 * base, halves_ptr + base, flag_ptr, HEAD_DIM,
+        )  # fmt: skip
 
 
-def quantize_block(
-    keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor, flag: Tensor
-) -> None:
+def quantize_block(keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor, flag: Tensor) -> None:
     """Quantizes keys, values fp16 [H, T, D] (channels contiguous) into out uint8 [H, T/32, 24 D], contiguous.
 
     Never synchronizes. `flag`, int32 [1], becomes 1 when a value is not finite: `out` must not be used then. Several
     calls may share a flag; the caller reads it before it publishes any of them.
     """
     heads, tokens, head_dim = keys.shape
-    pages = tokens // TOKENS.value
+    pages = tokens // SIDE.value
     quantize_fwd_kernel[(pages, heads, 2)](
         keys,
         values,

@@ -10,7 +10,7 @@ Triton's interpreter and for HIP.
 """
 
 # Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unpack_asm(field: int) -> str:
 
 @triton.constexpr_function
 def high_byte_asm() -> str:
-    """PTX that moves the high byte of two 16-bit words down. What is above them then is not zero: read fields 0 to 3."""
+    """PTX that moves the high bytes of two 16-bit words down. What is above them then is undefined."""
     return "shr.u32 $0, $1, 8;"
 
 
@@ -39,20 +39,14 @@ def high_byte_asm() -> str:
 def unpack(words, field: tl.constexpr, ASM: tl.constexpr):
     """int16 words -> fp16 1 + code/4 of one field."""
     if ASM:
-        return tl.inline_asm_elementwise(
-            unpack_asm(field), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
-        )
-    if field < 4:
-        moved = words << (8 - 2 * field)
-    else:
-        moved = words >> (2 * field - 8)
+        return tl.inline_asm_elementwise(unpack_asm(field), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    moved = words << (8 - 2 * field) if field < 4 else words >> (2 * field - 8)
     return ((moved & 0x0300) | 0x3C00).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def dequantize(words, scale, zero, field: tl.constexpr, ASM: tl.constexpr):
-    """int16 words -> fp16 values of one field; scale, zero: folded, fp16, broadcastable to the words."""
-    unit = unpack(words, field, ASM)
+def fused_multiply_add(unit, scale, zero, ASM: tl.constexpr):
+    """fp16 scale * unit + zero with one rounding; scale and zero are broadcast to unit."""
     scale = scale.broadcast_to(unit.shape)
     zero = zero.broadcast_to(unit.shape)
     if ASM:
@@ -73,9 +67,7 @@ def load_words(pointers, is_high, SPLIT: tl.constexpr, ASM: tl.constexpr):
     low = tl.load(pointers, mask=~is_high, other=0)
     high = tl.load(pointers, mask=is_high, other=0)
     if ASM:
-        moved = tl.inline_asm_elementwise(
-            high_byte_asm(), "=r,r", [high], dtype=tl.int16, is_pure=True, pack=2
-        )
+        moved = tl.inline_asm_elementwise(high_byte_asm(), "=r,r", [high], dtype=tl.int16, is_pure=True, pack=2)
     else:
         moved = high >> 8
     return low | moved

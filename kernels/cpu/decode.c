@@ -113,6 +113,11 @@ INLINE __m256i broadcast_pair(const uint32_t *p) {
     return _mm256_set1_epi32((int)*p);
 }
 
+/* acc += products, 16-bit. Left to GCC, the sums are reassociated and all accumulators spill (1.2 times slower). */
+INLINE void accumulate(__m256i *acc, __m256i products) {
+    __asm__("vpaddw %1, %0, %0" : "+x"(*acc) : "x"(products));
+}
+
 /* 16 sums weight * high + low, as int32: lanes 0-3, 8-11 and lanes 4-7, 12-15. */
 INLINE void join_terms(__m256i high, __m256i low, int weight, __m256i out[2]) {
     const __m256i weights = _mm256_set1_epi32(1 << 16 | weight);
@@ -165,8 +170,7 @@ INLINE void page_scores(const int D, const int GB, const uint8_t *page, uint32_t
                     const __m256i c = _mm256_and_si256(i ? _mm256_srli_epi16(w, 2 * i) : w, field);
                     UNROLL for (int g = 0; g < GB; g++)
                         UNROLL for (int r = 0; r < 2; r++)
-                            acc[g][r] = _mm256_add_epi16(
-                                acc[g][r], _mm256_maddubs_epi16(c, broadcast_pair(&terms[r][g][words * i + j])));
+                            accumulate(&acc[g][r], _mm256_maddubs_epi16(c, broadcast_pair(&terms[r][g][words * i + j])));
                 }
             }
             UNROLL for (int g = 0; g < GB; g++) {
@@ -268,8 +272,7 @@ INLINE void attend_page(const int D, const int GB, const uint8_t *page, const fl
             const __m256i c = channel_codes(D, rows[t], j);
             UNROLL for (int g = 0; g < GB; g++)
                 UNROLL for (int r = 0; r < 2; r++)
-                    acc[g][r] = _mm256_add_epi16(
-                        acc[g][r], _mm256_maddubs_epi16(broadcast_pair(&weights[r][j / 2][g][t]), c));
+                    accumulate(&acc[g][r], _mm256_maddubs_epi16(broadcast_pair(&weights[r][j / 2][g][t]), c));
         }
         UNROLL for (int g = 0; g < GB; g++) {
             const __m256 f = _mm256_set1_ps(factor[g]);

@@ -1,0 +1,263 @@
+"""The Ray application: KV store node, prefill workers, decode workers and gateway, each an actor in its own process.
+
+    client ──▶ gateway ──▶ decode workers ──▶ prefill workers
+                                  └──▶ store node ◀──┘
+
+Ray places and ends the processes. The data plane is gRPC: no prompt, token or KV byte passes through Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import time
+from types import TracebackType
+from typing import Any, Self
+
+# Ray reads these when it is imported. The first keeps its own ports on loopback for a deployment on one machine.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+
+from kvferry.decode.config import DecodeConfig
+from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
+from kvferry.deploy.gateway_server import GatewayServer
+from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer
+from kvferry.deploy.settings import Settings
+from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
+from kvferry.kernels.spec import KVQuantSpec
+from kvferry.kvstore.backend import Backend
+from kvferry.kvstore.config import NodeConfig
+from kvferry.kvstore.malloc import tune_malloc
+from kvferry.kvstore.memory_backend import MemoryBackend
+from kvferry.kvstore.server import KVStoreServer
+from kvferry.prefill.config import PrefillConfig
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 15.0
+RAY_OBJECT_STORE_BYTES = 80_000_000
+"""Ray's smallest object store: nothing of ours goes through it."""
+
+
+class StoreActor:
+    """A KV store node."""
+
+    async def start(self, settings: Settings) -> str:
+        _log_to_stderr()
+        tune_malloc()
+        store = settings.store
+        backend: Backend
+        if store.redis is not None:
+            from kvferry.kvstore.redis_backend import RedisBackend
+
+            backend = RedisBackend(store.redis)
+        else:
+            backend = MemoryBackend(capacity_bytes=store.memory)
+        self._server = KVStoreServer(backend, NodeConfig(host=store.host, port=store.port))
+        await self._server.start()
+        return self._server.address
+
+    async def stop(self) -> None:
+        await self._server.stop()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+class WorkerActor:
+    """A prefill or decode worker: `config` decides which."""
+
+    async def start(self, model: ModelConfig, config: PrefillConfig | DecodeConfig, store_address: str) -> str:
+        _log_to_stderr()
+        tune_malloc()
+        runtime = await asyncio.to_thread(ModelRuntime, model)
+        self._server = WorkerServer(runtime, config=config, store_address=store_address)
+        return await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+class GatewayActor:
+    """The gateway; ready when it could serve a request."""
+
+    async def start(self, settings: Settings, prefill: list[str], decode: list[str]) -> str:
+        _log_to_stderr()
+        self._server = await make_gateway(settings, prefill=prefill, decode=decode)
+        port = await self._server.start()
+        await self._server.wait_until_serving(60)
+        return f"{settings.gateway.host}:{port}"
+
+    async def stop(self) -> None:
+        await self._server.stop(5)
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+def model_config(settings: Settings) -> ModelConfig:
+    return ModelConfig(
+        model=settings.model,
+        spec=KVQuantSpec(block_size=settings.block_size, sink_tokens=settings.sink_tokens),
+        device=settings.device,
+        dtype=settings.dtype,
+        kernels=settings.kernels,
+        threads=settings.threads or os.cpu_count() or 1,
+        max_model_len=settings.max_model_len,
+    )
+
+
+async def make_gateway(settings: Settings, *, prefill: list[str], decode: list[str]) -> GatewayServer:
+    """A gateway for these workers, not started. Reads the model's tokenizer and configuration, not its weights."""
+    from transformers import AutoConfig
+
+    source = await asyncio.to_thread(find_model, settings.model)
+    tokenizer = await asyncio.to_thread(load_tokenizer, source)
+    config = AutoConfig.from_pretrained(source.path)
+    window = config.max_position_embeddings
+    gateway = settings.gateway
+    return GatewayServer(
+        GatewayConfig(
+            model_name=settings.served_model_name or source.name,
+            decode_workers=tuple(decode),
+            prefill_workers=tuple(prefill),
+            host=gateway.host,
+            port=gateway.port,
+            tenant=gateway.tenant,
+            eos_token_ids=tuple(end_token_ids(source, tokenizer)),
+            limits=RequestLimits(
+                max_prompt_bytes=gateway.max_prompt_bytes,
+                max_new_tokens=gateway.max_new_tokens,
+                max_concurrent=gateway.max_concurrent,
+                max_queued=gateway.max_queued,
+                default_timeout_s=gateway.default_timeout_s,
+            ),
+        ),
+        tokenizer=tokenizer,
+        model=ModelLimits(max_model_len=min(settings.max_model_len or window, window), vocab_size=config.vocab_size),
+    )
+
+
+class Deployment:
+    """All processes of one machine, as a context manager. Starts a Ray of its own and ends only that."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.address = ""
+        """host:port of the gateway, once started."""
+        self.store_address = ""
+        self.processes: dict[str, int] = {}
+        """Process ids by name: store, prefill-0, decode-0, gateway."""
+        self._actors: dict[str, Any] = {}
+        self._ray_dir = ""
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Drains every actor, then ends this deployment's Ray. Safe to call twice."""
+        if not self._ray_dir:
+            return
+        for name in reversed(self._actors):
+            try:
+                ray.get(self._actors[name].stop.remote(), timeout=STOP_TIMEOUT_S)
+            except ray.exceptions.RayError as error:  # dead already, or it never started
+                logger.info("%s did not stop by itself: %s", name, type(error).__name__)
+        ray.shutdown()
+        shutil.rmtree(self._ray_dir, ignore_errors=True)
+        self._actors, self._ray_dir = {}, ""
+
+    def _start(self) -> None:
+        settings = self.settings
+        started = time.monotonic()
+        find_model(settings.model)  # a wrong name should fail before anything starts; converts a GGUF file once
+        workers = settings.prefill.count + settings.decode.count
+        self._ray_dir = tempfile.mkdtemp(prefix="kvferry-ray-")
+        ray.init(
+            address="local",
+            _temp_dir=self._ray_dir,
+            include_dashboard=False,
+            num_cpus=max(workers + 2, os.cpu_count() or 1),
+            object_store_memory=RAY_OBJECT_STORE_BYTES,
+            log_to_driver=logger.isEnabledFor(logging.INFO),
+            logging_level=logging.WARNING,
+        )
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
+        self.store_address = self._launch("store", StoreActor, settings)
+        model = model_config(settings)
+        prefill_configs = [
+            PrefillConfig(
+                host=settings.prefill.host,
+                port=settings.prefill.port and settings.prefill.port + i,
+                max_requests=settings.prefill.max_requests,
+            )
+            for i in range(settings.prefill.count)
+        ]
+        decode_configs = [
+            DecodeConfig(
+                host=settings.decode.host,
+                port=settings.decode.port and settings.decode.port + i,
+                pool_bytes=settings.decode.kv_memory,
+                max_num_seqs=settings.decode.max_num_seqs,
+            )
+            for i in range(settings.decode.count)
+        ]
+        pending = {
+            name: self._begin(name, WorkerActor, model, config, self.store_address, num_gpus=gpus)
+            for name, config in (
+                *((f"prefill-{i}", c) for i, c in enumerate(prefill_configs)),
+                *((f"decode-{i}", c) for i, c in enumerate(decode_configs)),
+            )
+        }
+        addresses = {name: self._finish(name, start) for name, start in pending.items()}
+        self.address = self._launch(
+            "gateway",
+            GatewayActor,
+            settings,
+            [a for name, a in addresses.items() if name.startswith("prefill")],
+            [a for name, a in addresses.items() if name.startswith("decode")],
+        )
+        logger.info("serving on %s after %.1f s", self.address, time.monotonic() - started)
+
+    def _launch(self, name: str, actor: type, *args: object) -> str:
+        return self._finish(name, self._begin(name, actor, *args))
+
+    def _begin(self, name: str, actor: type, *args: object, num_gpus: float = 0) -> Any:
+        handle = ray.remote(actor).options(num_cpus=1, num_gpus=num_gpus, max_restarts=0).remote()
+        self._actors[name] = handle
+        return handle.start.remote(*args)
+
+    def _finish(self, name: str, start: Any) -> str:
+        """Waits for an actor's start; its own error is raised as it is."""
+        try:
+            address: str = ray.get(start, timeout=START_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            raise RuntimeError(f"{name} did not start: {error.cause}") from error
+        self.processes[name] = ray.get(self._actors[name].pid.remote(), timeout=STOP_TIMEOUT_S)
+        logger.info("%s is up on %s", name, address)
+        return address
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)

