@@ -79,11 +79,10 @@ def find_model(reference: str) -> ModelSource:
     )
 
 
-def load_model(source: ModelSource, *, device: torch.device, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Loads weights onto `device` (fp32 on a CPU, bf16 elsewhere, unless told). Raises UnsupportedModel by name."""
+def load_model(source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """Loads weights onto `device`. Raises UnsupportedModel by name."""
     config = AutoConfig.from_pretrained(source.path)
     check_supported(config)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, use_safetensors=True)
     model = model.to(device)
     return LoadedModel(source, TransformersModel(model), weights_digest(model), device)

@@ -58,7 +58,7 @@ class ModelRuntime:
             torch.set_num_threads(config.threads)
         device = _device(config.device)
         source = find_model(config.model)
-        dtype = None if config.dtype == "auto" else _dtype(config.dtype)
+        dtype = _dtype(config.dtype, device)
         self.loaded: LoadedModel = load_model(source, device=device, dtype=dtype)
         model = self.loaded.model
         self.layout = BlockLayout(
@@ -204,7 +204,12 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bf16 where the processor multiplies it natively, else fp32."""
+    if name == "auto":
+        capabilities = torch.cpu.get_capabilities()
+        native = device.type != "cpu" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        return torch.bfloat16 if native else torch.float32
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
     if dtype is None:
         raise ValueError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")

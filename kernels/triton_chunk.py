@@ -10,7 +10,7 @@ Channels are taken in four quarters: quarter i of the words' fields is channels 
 # Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
 # Nor does it compile (*tuple, item).
 # ruff: noqa: RUF005
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ into words.
 """
 
 # Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
 from __future__ import annotations
 

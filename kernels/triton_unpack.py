@@ -10,7 +10,7 @@ Triton's interpreter and for HIP.
 """
 
 # Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
 from __future__ import annotations
 

@@ -33,23 +33,13 @@ def parse_size(text: str) -> int:
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kvferry.kvstore", description=__doc__)
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to bind (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=7700, help="0 lets the system pick one (default: %(default)s)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7700, help="0 lets the system pick one (default: %(default)s)")
     backend = parser.add_mutually_exclusive_group()
-    backend.add_argument(
-        "--memory", type=parse_size, default=1 << 30, help="capacity in memory (default: 1GiB)"
-    )
+    backend.add_argument("--memory", type=parse_size, default=1 << 30, help="capacity in memory (default: 1GiB)")
     backend.add_argument("--redis", metavar="URL", help="keep the records in this Redis instead")
-    parser.add_argument(
-        "--max-record", type=parse_size, default=64 << 20, help="largest record (default: 64MiB)"
-    )
-    parser.add_argument(
-        "--grace", type=float, default=5.0, help="seconds for running calls after SIGTERM"
-    )
+    parser.add_argument("--max-record", type=parse_size, default=64 << 20, help="largest record (default: 64MiB)")
+    parser.add_argument("--grace", type=float, default=5.0, help="seconds for running calls after SIGTERM")
     return parser.parse_args(argv)
 
 
@@ -88,9 +78,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves until SIGTERM or SIGINT. Returns 0 after a drain, 2 when it cannot start."""
     arguments = _parse_arguments(argv)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     tune_malloc()
     try:
         asyncio.run(_serve(arguments))

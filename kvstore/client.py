@@ -92,9 +92,7 @@ class StoreClient:
         )
         options = _channel_options(config)
         if credentials is None:
-            self._channel = grpc.aio.insecure_channel(
-                config.address, options=options, interceptors=list(interceptors)
-            )
+            self._channel = grpc.aio.insecure_channel(config.address, options=options, interceptors=list(interceptors))
         else:
             self._channel = grpc.aio.secure_channel(
                 config.address, credentials, options=options, interceptors=list(interceptors)
@@ -141,9 +139,7 @@ class StoreClient:
         """
         request = pb.GetRequest(keys=_checked_keys(keys), lease_id=lease_id)
         timeout = self._config.get_timeout_s if timeout_s is None else timeout_s
-        assembler = RecordAssembler(
-            num_keys=len(keys), max_record_bytes=self._config.max_record_bytes
-        )
+        assembler = RecordAssembler(num_keys=len(keys), max_record_bytes=self._config.max_record_bytes)
         call = None
         try:
             for index, key in enumerate(keys):
@@ -173,8 +169,7 @@ class StoreClient:
         _checked_keys([key])
         if len(record) > self._config.max_record_bytes:
             raise InvalidRequest(
-                f"the record has {len(record)} bytes, over max_record_bytes = "
-                f"{self._config.max_record_bytes}"
+                f"the record has {len(record)} bytes, over max_record_bytes = {self._config.max_record_bytes}"
             )
         timeout = self._config.put_timeout_s if timeout_s is None else timeout_s
         with self._answering(exhausted=StoreFull):
@@ -187,9 +182,7 @@ class StoreClient:
     async def release(self, lease_id: int, *, timeout_s: float | None = None) -> None:
         """Ends a lease before its time; unknown ones are ignored."""
         with self._answering():
-            await self._stub.Release(
-                pb.ReleaseRequest(lease_id=lease_id), timeout=self._unary_timeout(timeout_s)
-            )
+            await self._stub.Release(pb.ReleaseRequest(lease_id=lease_id), timeout=self._unary_timeout(timeout_s))
 
     async def delete(self, keys: Sequence[bytes], *, timeout_s: float | None = None) -> int:
         """Removes records; returns how many there were."""
@@ -208,9 +201,7 @@ class StoreClient:
     async def stats(self, *, timeout_s: float | None = None) -> NodeStats:
         """Counters and sizes of the node."""
         with self._answering():
-            reply = await self._stub.Stats(
-                pb.StatsRequest(), timeout=self._unary_timeout(timeout_s)
-            )
+            reply = await self._stub.Stats(pb.StatsRequest(), timeout=self._unary_timeout(timeout_s))
         return NodeStats(**{name: getattr(reply, name) for name in NodeStats._fields})
 
     async def close(self) -> None:
@@ -240,9 +231,7 @@ class StoreClient:
         """Asks the breaker before a call, tells it the outcome, and translates status codes."""
         if not self._breaker.allows_call():
             self.counters.refused += 1
-            raise StoreUnavailable(
-                f"the store at {self._config.address} did not answer lately; not asking it"
-            )
+            raise StoreUnavailable(f"the store at {self._config.address} did not answer lately; not asking it")
         try:
             yield
         except grpc.aio.AioRpcError as error:
@@ -288,8 +277,7 @@ class StoreClient:
                     frame = await call.read()
             except TimeoutError:
                 raise StoreUnavailable(
-                    f"the store at {self._config.address} sent nothing for "
-                    f"{self._config.progress_timeout_s} s"
+                    f"the store at {self._config.address} sent nothing for {self._config.progress_timeout_s} s"
                 ) from None
             if frame is grpc.aio.EOF:
                 raise StoreUnavailable("the node's stream ended before its last record")
@@ -327,9 +315,7 @@ async def _put_frames(key: bytes, record: bytes) -> AsyncIterator[pb.PutFrame]:
     yield pb.PutFrame(commit=pb.PutCommit())
 
 
-def _translate(
-    error: grpc.aio.AioRpcError, address: str, exhausted: type[KVStoreError]
-) -> KVStoreError:
+def _translate(error: grpc.aio.AioRpcError, address: str, exhausted: type[KVStoreError]) -> KVStoreError:
     details = error.details() or "no details"
     kinds: dict[grpc.StatusCode, type[KVStoreError]] = {
         grpc.StatusCode.NOT_FOUND: BlockNotFound,

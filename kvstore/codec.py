@@ -112,9 +112,7 @@ def decode_record(
     return Record(header=header, payload=view[start:], nbytes=view.nbytes)
 
 
-def verify_record(
-    buffer: Buffer, key: bytes, *, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
-) -> BlockHeader:
+def verify_record(buffer: Buffer, key: bytes, *, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES) -> BlockHeader:
     """The node's check: sizes, key and checksum (a node does not know namespaces).
 
     Raises BlockCorrupt when one of them is wrong.
@@ -122,21 +120,15 @@ def verify_record(
     return _verify(buffer, key, max_record_bytes)[1]
 
 
-def _verify(
-    buffer: Buffer, key: bytes, max_record_bytes: int
-) -> tuple[memoryview, BlockHeader, int]:
+def _verify(buffer: Buffer, key: bytes, max_record_bytes: int) -> tuple[memoryview, BlockHeader, int]:
     view = memoryview(buffer).cast("B").toreadonly()
     if view.nbytes > max_record_bytes:
-        raise BlockCorrupt(
-            f"the record has {view.nbytes} bytes, over max_record_bytes = {max_record_bytes}"
-        )
+        raise BlockCorrupt(f"the record has {view.nbytes} bytes, over max_record_bytes = {max_record_bytes}")
     header = _read_header(view, max_record_bytes)
     prefix = _encode_prefix(header, header.checksum)
     start = len(prefix)
     if view.nbytes != start + header.payload_bytes:
-        raise BlockCorrupt(
-            f"the record has {view.nbytes} bytes, its header says {start + header.payload_bytes}"
-        )
+        raise BlockCorrupt(f"the record has {view.nbytes} bytes, its header says {start + header.payload_bytes}")
     if view[:start] != prefix:
         raise BlockCorrupt("the record's header is not in its one valid encoding")
     if header.key != key:

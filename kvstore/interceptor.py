@@ -94,10 +94,6 @@ async def _abort(context: Any, error: Exception) -> None:
         code = next(STATUS_CODES[kind] for kind in type(error).__mro__ if kind in STATUS_CODES)
         await context.abort(code, str(error))
     if isinstance(error, TimeoutError):
-        await context.abort(
-            grpc.StatusCode.DEADLINE_EXCEEDED, "the client took no frame for too long; ask again"
-        )
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the client took no frame for too long; ask again")
     _log.error("a store call failed unexpectedly", exc_info=error)
-    await context.abort(
-        grpc.StatusCode.INTERNAL, "the node failed unexpectedly; its log has the traceback"
-    )
+    await context.abort(grpc.StatusCode.INTERNAL, "the node failed unexpectedly; its log has the traceback")

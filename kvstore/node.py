@@ -79,9 +79,7 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
             leases.narrow(lease_id, num_contiguous)
         if lease_id == 0 or num_contiguous == 0:
             return pb.LookupReply(num_contiguous=num_contiguous)
-        return pb.LookupReply(
-            num_contiguous=num_contiguous, lease_id=lease_id, lease_ms=int(lease_s * 1000)
-        )
+        return pb.LookupReply(num_contiguous=num_contiguous, lease_id=lease_id, lease_ms=int(lease_s * 1000))
 
     async def Get(self, request: pb.GetRequest, context: Any) -> AsyncIterator[pb.GetFrame]:
         """Streams verified records; a damaged one is deleted and reported as missing."""
@@ -159,9 +157,7 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
                 with self._staging.stage(key, record_bytes) as staged:
                     await _receive(frames, staged)
                     record = staged.join()
-                    check = partial(
-                        verify_record, record, key, max_record_bytes=self._config.max_record_bytes
-                    )
+                    check = partial(verify_record, record, key, max_record_bytes=self._config.max_record_bytes)
                     await self._verifier.run(len(record), check)
                     return await self._backend.put(key, record)
         except TimeoutError:

@@ -113,9 +113,7 @@ class RedisBackend:
             pipe.info("memory")
             pipe.info("stats")
             replies = await pipe.execute(raise_on_error=False)
-            records, memory, counts = (
-                None if isinstance(reply, NoPermissionError) else reply for reply in replies
-            )
+            records, memory, counts = (None if isinstance(reply, NoPermissionError) else reply for reply in replies)
             for reply in (records, memory, counts):
                 if isinstance(reply, Exception):
                     raise reply
@@ -136,16 +134,13 @@ class RedisBackend:
         return self._key_prefix + key
 
     @asynccontextmanager
-    async def _errors_mapped(
-        self, action: str, *, timeout_s: float | None = -1.0
-    ) -> AsyncIterator[None]:
+    async def _errors_mapped(self, action: str, *, timeout_s: float | None = -1.0) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._op_timeout_s if timeout_s == -1.0 else timeout_s):
                 yield
         except OutOfMemoryError as error:
             raise StoreFull(
-                f"Redis at {self._place} is at its maxmemory; raise it or set "
-                "maxmemory-policy allkeys-lru"
+                f"Redis at {self._place} is at its maxmemory; raise it or set maxmemory-policy allkeys-lru"
             ) from error
         except ResponseError as error:
             if str(error).startswith("MISCONF"):
@@ -153,9 +148,7 @@ class RedisBackend:
                     f"Redis at {self._place} refuses writes because it cannot persist (is its "
                     "disk full?); free space or switch persistence off"
                 ) from error
-            raise StoreUnavailable(
-                f"Redis at {self._place} refused to {action}: {type(error).__name__}"
-            ) from error
+            raise StoreUnavailable(f"Redis at {self._place} refused to {action}: {type(error).__name__}") from error
         except (RedisError, TimeoutError, OSError) as error:
             raise StoreUnavailable(
                 f"Redis at {self._place} does not answer ({type(error).__name__}); is it running?"

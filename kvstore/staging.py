@@ -23,9 +23,7 @@ class StagedRecord:
         if len(chunk) > FRAME_BYTES:
             raise InvalidRequest(f"a chunk must be at most {FRAME_BYTES} bytes, not {len(chunk)}")
         if self._received + len(chunk) > self._record_bytes:
-            raise InvalidRequest(
-                f"the put sent more than the {self._record_bytes} bytes it announced"
-            )
+            raise InvalidRequest(f"the put sent more than the {self._record_bytes} bytes it announced")
         self._received += len(chunk)
         self._chunks.append(chunk)
 
@@ -33,8 +31,7 @@ class StagedRecord:
         """The whole record, once all its bytes are here; else raises InvalidRequest."""
         if self._received != self._record_bytes:
             raise InvalidRequest(
-                f"the put announced {self._record_bytes} bytes and committed after "
-                f"{self._received}; nothing was stored"
+                f"the put announced {self._record_bytes} bytes and committed after {self._received}; nothing was stored"
             )
         record = b"".join(self._chunks)
         self._chunks.clear()

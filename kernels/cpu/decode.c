@@ -19,6 +19,8 @@
 #include "simd.h"
 
 #define PIECE_PAGES 16
+/* Page-heads that one thread computes in less time (15 us) than a second thread may take to join. */
+#define SERIAL_WORK 128
 #define HEADS 4 /* query heads a register block */
 #define MAX_HALF_TOKENS (1024 + 16)
 #define LOG2E 1.44269504f
@@ -223,21 +225,16 @@ INLINE __m256i channel_codes(const int D, const __m256i row[3], const int j) {
     return _mm256_and_si256(shifted, _mm256_set1_epi8(3));
 }
 
-/* One page for GB heads. `query` is [GB, D], times scale * log2(e); tokens before `first` are masked. */
-INLINE void attend_page(const int D, const int GB, const uint8_t *page, const float *query, int first, struct state *s) {
-    ALIGNED uint32_t terms[2][HEADS][MAX_HEAD_DIM / 2];
-    ALIGNED uint32_t weights[2][MAX_HEAD_DIM / GROUP][HEADS][PAGE / 2];
-    ALIGNED float scores[HEADS][PAGE];
-    ALIGNED float factor[4], bias[4], inverse[4];
-    ALIGNED __m256i rows[PAGE / 2][3];
+/* V of one page, ready for multiplication: probabilities times scale as byte terms, and what one step of them is worth. */
+struct weights {
+    ALIGNED uint32_t terms[2][MAX_HEAD_DIM / GROUP][HEADS][PAGE / 2];
+    ALIGNED float factor[4];
+};
 
-    fold_queries(D, GB, page, query, terms, factor, bias);
-    page_scores(D, GB, page, terms, factor, bias, scores);
-    if (first)
-        UNROLL for (int g = 0; g < GB; g++)
-            for (int t = 0; t < first; t++) scores[g][t] = -INFINITY;
-
-    /* Probabilities, with the V scale folded in; zero points join zero_sum. */
+/* Scores to probabilities, with the V scale folded in; zero points join zero_sum. */
+INLINE void weigh(const int D, const int GB, const uint8_t *page, float scores[HEADS][PAGE], struct state *s,
+                  struct weights *weights) {
+    ALIGNED float inverse[4];
     const uint16_t *scale = (const uint16_t *)(page + V_SCALE(D)), *zero = (const uint16_t *)(page + V_ZERO(D));
     __m256 folded[HEADS][MAX_HEAD_DIM / GROUP][4], most[HEADS];
     UNROLL for (int g = 0; g < HEADS; g++) most[g] = _mm256_setzero_ps();
@@ -259,11 +256,15 @@ INLINE void attend_page(const int D, const int GB, const uint8_t *page, const fl
     }
     const __m128 peak = _mm_max_ps(max8x4(most), _mm_set1_ps(TINY));
     _mm_store_ps(inverse, _mm_div_ps(_mm_set1_ps(P_LEVELS), peak));
-    _mm_store_ps(factor, _mm_mul_ps(peak, _mm_set1_ps(1.0f / (FOLD * P_LEVELS))));
+    _mm_store_ps(weights->factor, _mm_mul_ps(peak, _mm_set1_ps(1.0f / (FOLD * P_LEVELS))));
     UNROLL for (int g = 0; g < GB; g++)
         UNROLL for (int n = 0; n < D / GROUP; n++)
-            store_terms(folded[g][n], _mm256_set1_ps(inverse[g]), 0, weights[0][n][g], weights[1][n][g]);
+            store_terms(folded[g][n], _mm256_set1_ps(inverse[g]), 0, weights->terms[0][n][g], weights->terms[1][n][g]);
+}
 
+/* Adds the page's V, weighted, to the heads' outputs. */
+INLINE void add_values(const int D, const int GB, const uint8_t *page, const struct weights *weights, struct state *s) {
+    ALIGNED __m256i rows[PAGE / 2][3];
     interleave_values(D, page + V_CODES(D), rows);
     UNROLL for (int j = 0; j < D / 16; j++) {
         __m256i acc[HEADS][2];
@@ -272,10 +273,10 @@ INLINE void attend_page(const int D, const int GB, const uint8_t *page, const fl
             const __m256i c = channel_codes(D, rows[t], j);
             UNROLL for (int g = 0; g < GB; g++)
                 UNROLL for (int r = 0; r < 2; r++)
-                    accumulate(&acc[g][r], _mm256_maddubs_epi16(broadcast_pair(&weights[r][j / 2][g][t]), c));
+                    accumulate(&acc[g][r], _mm256_maddubs_epi16(broadcast_pair(&weights->terms[r][j / 2][g][t]), c));
         }
         UNROLL for (int g = 0; g < GB; g++) {
-            const __m256 f = _mm256_set1_ps(factor[g]);
+            const __m256 f = _mm256_set1_ps(weights->factor[g]);
             float *o = s->out[g] + 16 * j; /* in the order of join_terms until the piece ends */
             __m256i sums[2];
             join_terms(acc[g][0], acc[g][1], 256, sums);
@@ -310,15 +311,31 @@ INLINE const uint8_t *page_at(const struct pages *p, int index, const int page_b
     return p->pool + p->table[block] * p->block_stride + (int64_t)page * page_bytes;
 }
 
+INLINE void prefetch(const uint8_t *page, const int bytes) {
+    for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)page + i, _MM_HINT_T0);
+}
+
+/* A piece for GB heads. `query` is [GB, D], times scale * log2(e). */
 INLINE void attend_pages(const int D, const int GB, const struct pages *pages, const float *query, float *partials) {
+    ALIGNED uint32_t terms[2][HEADS][MAX_HEAD_DIM / 2];
+    ALIGNED float scores[HEADS][PAGE], factor[4], bias[4];
+    struct weights weights;
     struct state s;
     reset(&s);
+    const uint8_t *next = page_at(pages, pages->begin, PAGE_BYTES(D));
     for (int i = pages->begin; i < pages->end; i++) {
+        const uint8_t *page = next;
         if (i + 1 < pages->end) { /* 1.4 times faster when the pool is not in cache */
-            const uint8_t *next = page_at(pages, i + 1, PAGE_BYTES(D));
-            for (int byte = 0; byte < PAGE_BYTES(D); byte += 64) _mm_prefetch((const char *)next + byte, _MM_HINT_T0);
+            next = page_at(pages, i + 1, PAGE_BYTES(D));
+            prefetch(next, PAGE_BYTES(D));
         }
-        attend_page(D, GB, page_at(pages, i, PAGE_BYTES(D)), query, i ? 0 : pages->sink_tokens, &s);
+        fold_queries(D, GB, page, query, terms, factor, bias);
+        page_scores(D, GB, page, terms, factor, bias, scores);
+        if (i == 0)
+            for (int g = 0; g < GB; g++)
+                for (int t = 0; t < pages->sink_tokens; t++) scores[g][t] = -INFINITY;
+        weigh(D, GB, page, scores, &s, &weights);
+        add_values(D, GB, page, &weights, &s);
     }
     for (int g = 0; g < GB; g++) store_partial(D, &s, g, partials + g * (D + 2));
 }
@@ -491,15 +508,18 @@ EXPORT int kvferry_decode(const struct decode_args *a) {
         return STATUS_MEMORY;
     }
     call.first_piece[0] = 0;
+    int64_t pages = 0;
     for (int64_t b = 0; b < a->batch; b++) {
-        const int64_t pages = a->num_blocks[b] * (a->block_size / PAGE);
-        const int64_t pieces = 1 + (pages + PIECE_PAGES - 1) / PIECE_PAGES;
+        const int64_t own = a->num_blocks[b] * (a->block_size / PAGE);
+        const int64_t pieces = 1 + (own + PIECE_PAGES - 1) / PIECE_PAGES;
+        pages += own;
         call.first_piece[b + 1] = call.first_piece[b] + pieces;
         for (int64_t h = 0; h < a->kv_heads; h++) atomic_init(&call.unfinished[b * a->kv_heads + h], (int)pieces);
     }
     const int64_t items = call.first_piece[a->batch] * a->kv_heads;
     call.partials = malloc(sizeof(float) * (size_t)(items * a->group * (a->head_dim + 2)));
-    if (call.partials) run_items(decode_item, &call, items, (int)a->threads);
+    const int64_t work = (pages + a->batch) * a->kv_heads * a->group;
+    if (call.partials) run_items(decode_item, &call, items, work > SERIAL_WORK ? (int)a->threads : 1);
     const int result = call.partials ? STATUS_OK : STATUS_MEMORY;
     free(call.partials);
     free((void *)call.unfinished);

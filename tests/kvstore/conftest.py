@@ -161,9 +161,7 @@ def make_record(namespace: Namespace) -> Callable[..., bytes]:
 
 
 @pytest.fixture(params=["memory", "redis"])
-def make_server(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> Callable[[NodeConfig | None], KVStoreServer]:
+def make_server(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[NodeConfig | None], KVStoreServer]:
     """Makes an in-process server, once for each backend."""
 
     def make(config: NodeConfig | None = None) -> KVStoreServer:

@@ -20,9 +20,7 @@ _PAYLOAD = bytes(range(40))
 
 
 def _encode(**changes: Any) -> bytes:
-    fields: dict[str, Any] = dict(
-        key=_KEY, namespace=_NAMESPACE, block_index=3, num_tokens=32, payload=[_PAYLOAD]
-    )
+    fields: dict[str, Any] = dict(key=_KEY, namespace=_NAMESPACE, block_index=3, num_tokens=32, payload=[_PAYLOAD])
     return encode_record(**{**fields, **changes})
 
 
@@ -160,7 +158,7 @@ def test_the_forger_forges_well() -> None:
         [],
         None,
         7,
-        msgpack.packb(_GOOD + (bytes(32),))[:-1],
+        msgpack.packb((*_GOOD, bytes(32)))[:-1],
         b"\x91" * 150,  # deep nesting
         b"\xc6\xff\xff\xff\xff",  # announces 4 GiB
         b"\xdd\xff\xff\xff\xff",

@@ -41,7 +41,10 @@ def _independent_keys(n: Namespace, tokens: list[int]) -> list[bytes]:
 
 # Change these only together with a format magic in key.py: stores out there hold such keys.
 _GOLDEN_NAMESPACE = "9cb6db35425cc5e19a24b2b464be1602f29460ca24d370253f391a7f6df76366"
-_GOLDEN_KEYS = ["e62e6b12808b0206baac6cde3f3379ec489cf989d71f5e6e75709a538f5742df", "1f535459804faca116d94ba3b2c948828a3ec603967b2480733076777c1f1a35"]
+_GOLDEN_KEYS = [
+    "e62e6b12808b0206baac6cde3f3379ec489cf989d71f5e6e75709a538f5742df",
+    "1f535459804faca116d94ba3b2c948828a3ec603967b2480733076777c1f1a35",
+]
 
 
 def test_golden_vectors(namespace: Namespace) -> None:
@@ -108,12 +111,8 @@ def test_field_boundaries(namespace: Namespace) -> None:
     for left, right in pairs:
         one, other = dataclasses.replace(namespace, **left), dataclasses.replace(namespace, **right)
         assert one.digest() != other.digest()
-    tail_in_tenant = dataclasses.replace(
-        namespace, tenant="a" + "b" * 32, weights_digest=b"b" * 31 + b"c"
-    )
-    tail_in_digest = dataclasses.replace(
-        namespace, tenant="a" + "b" * 31, weights_digest=b"b" * 32
-    )
+    tail_in_tenant = dataclasses.replace(namespace, tenant="a" + "b" * 32, weights_digest=b"b" * 31 + b"c")
+    tail_in_digest = dataclasses.replace(namespace, tenant="a" + "b" * 31, weights_digest=b"b" * 32)
     assert tail_in_tenant.digest() != tail_in_digest.digest()
 
 

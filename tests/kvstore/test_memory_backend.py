@@ -95,9 +95,7 @@ class _Model(RuleBasedStateMachine):
         assert _run(self.backend.delete(None)) == len(self.records)
         self.records.clear()
 
-    @rule(
-        keys=st.lists(st.sampled_from(_KEYS), min_size=1, max_size=4), duration=st.integers(1, 5)
-    )
+    @rule(keys=st.lists(st.sampled_from(_KEYS), min_size=1, max_size=4), duration=st.integers(1, 5))
     def lease(self, keys: list[bytes], duration: int) -> None:
         lease_id = self.leases.grant(keys, duration)
         alive = [held for held, until in self.held.values() if until > self.now]

@@ -35,9 +35,12 @@ MakeServer = Callable[[NodeConfig | None], KVStoreServer]
 @asynccontextmanager
 async def _serving(server: KVStoreServer) -> AsyncIterator[StoreClient]:
     await server.start()
-    async with StoreClient(ClientConfig(address=server.address, lookup_timeout_s=5.0)) as client:
-        yield client
-    await server.stop(0)
+    try:
+        config = ClientConfig(address=server.address, lookup_timeout_s=5.0)
+        async with StoreClient(config) as client:
+            yield client
+    finally:
+        await server.stop(0)
 
 
 @asynccontextmanager
@@ -51,9 +54,7 @@ def keys(namespace: Namespace) -> list[bytes]:
     return block_keys(namespace, range(32 * 20))
 
 
-async def _payloads(
-    client: StoreClient, namespace: Namespace, keys: list[bytes], **options: Any
-) -> list[bytes]:
+async def _payloads(client: StoreClient, namespace: Namespace, keys: list[bytes], **options: Any) -> list[bytes]:
     records = client.get(keys, namespace=namespace.digest(), **options)
     return [bytes(record.payload) async for record in records]
 
@@ -71,7 +72,7 @@ async def test_put_lookup_get(
     client: StoreClient, namespace: Namespace, keys: list[bytes], make_record: MakeRecord
 ) -> None:
     # Below, at and over one frame and the thread threshold; a record of several frames.
-    sizes = [0, 1, 1000, (1 << 20) - 192, (1 << 20) - 191, (1 << 20), 3_500_000]
+    sizes = [0, 1, 1000, (1 << 20) - 128, (1 << 20) - 127, 1 << 20, 3_500_000]
     records = [make_record(k, num_bytes=n) for k, n in zip(keys, sizes, strict=False)]
     for key, record in zip(keys, records, strict=False):
         assert await client.put(key, record) is True
@@ -110,9 +111,7 @@ async def test_get_stops_at_the_first_missing_key(
     assert (await client.stats()).misses == 1
 
 
-async def test_many_small_records_in_order(
-    client: StoreClient, namespace: Namespace, make_record: MakeRecord
-) -> None:
+async def test_many_small_records_in_order(client: StoreClient, namespace: Namespace, make_record: MakeRecord) -> None:
     keys = block_keys(namespace, range(32 * 300))
     await asyncio.gather(*(client.put(key, make_record(key, num_bytes=50)) for key in keys))
     got = [r.header.key async for r in client.get(keys, namespace=namespace.digest())]
@@ -195,9 +194,7 @@ async def test_an_aborted_put_leaves_nothing(
     assert await client.put(keys[0], record) is True
 
 
-async def test_staging_is_bounded_in_time(
-    make_server: MakeServer, keys: list[bytes], make_record: MakeRecord
-) -> None:
+async def test_staging_is_bounded_in_time(make_server: MakeServer, keys: list[bytes], make_record: MakeRecord) -> None:
     server = make_server(NodeConfig(staging_timeout_s=0.3))
     async with _serving(server) as client, _raw_stub(server) as stub:
         call = stub.Put(timeout=10)
@@ -209,9 +206,7 @@ async def test_staging_is_bounded_in_time(
         assert await client.put(keys[0], make_record(keys[0]))
 
 
-async def test_staging_is_bounded_in_bytes(
-    make_server: MakeServer, keys: list[bytes], make_record: MakeRecord
-) -> None:
+async def test_staging_is_bounded_in_bytes(make_server: MakeServer, keys: list[bytes], make_record: MakeRecord) -> None:
     server = make_server(NodeConfig(max_record_bytes=10_000, max_staged_bytes=15_000))
     async with _serving(server) as client, _raw_stub(server) as stub:
         call = stub.Put(timeout=10)
@@ -245,11 +240,11 @@ async def test_oversize_is_refused_before_it_is_sent_or_staged(
 ) -> None:
     server = make_server(NodeConfig(max_record_bytes=4096))
     async with _serving(server) as client, _raw_stub(server) as stub:
-        exact = make_record(keys[0], num_bytes=4096 - 192)
+        exact = make_record(keys[0], num_bytes=4096 - 128)
         assert len(exact) == 4096
         assert await client.put(keys[0], exact)
         with pytest.raises(InvalidRequest, match="max_record_bytes"):
-            await client.put(keys[1], make_record(keys[1], num_bytes=4096 - 191))
+            await client.put(keys[1], make_record(keys[1], num_bytes=4096 - 127))
         for announced in (0, 1 << 40, (1 << 64) - 1):
             call = stub.Put(timeout=10)
             await call.write(pb.PutFrame(begin=pb.PutBegin(key=keys[1], record_bytes=announced)))
@@ -305,9 +300,7 @@ async def test_malformed_keys_are_invalid_arguments(
         [pb.PutFrame(begin=pb.PutBegin(key=bytes(32), record_bytes=10)), pb.PutFrame()],
     ],
 )
-async def test_malformed_puts_are_invalid_arguments(
-    server: KVStoreServer, frames: list[pb.PutFrame]
-) -> None:
+async def test_malformed_puts_are_invalid_arguments(server: KVStoreServer, frames: list[pb.PutFrame]) -> None:
     async with _raw_stub(server) as stub:
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await stub.Put(iter(frames), timeout=10)
@@ -339,9 +332,7 @@ async def test_delete(client: StoreClient, keys: list[bytes], make_record: MakeR
     assert (await client.lookup(keys)).num_contiguous == 0
 
 
-async def test_delete_with_keys_and_all_is_ambiguous(
-    server: KVStoreServer, keys: list[bytes]
-) -> None:
+async def test_delete_with_keys_and_all_is_ambiguous(server: KVStoreServer, keys: list[bytes]) -> None:
     async with _raw_stub(server) as stub:
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await stub.Delete(pb.DeleteRequest(keys=keys, all=True), timeout=10)
@@ -371,13 +362,11 @@ async def test_health(server: KVStoreServer) -> None:
         assert error.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_stalled_reader_is_ended(
-    make_server: MakeServer, keys: list[bytes], make_record: MakeRecord
-) -> None:
+async def test_a_stalled_reader_is_ended(make_server: MakeServer, keys: list[bytes], make_record: MakeRecord) -> None:
     server = make_server(NodeConfig(stalled_reader_s=0.3))
     async with _serving(server) as client:
         for key in keys:
-            await client.put(key, make_record(key, num_bytes=3_000_000))
+            await client.put(key, make_record(key, num_bytes=1_500_000))
         async with _raw_stub(server) as stub:
             call = stub.Get(pb.GetRequest(keys=keys), timeout=60)
             assert (await call.read()).index == 0
@@ -389,19 +378,19 @@ async def test_a_stalled_reader_is_ended(
         assert (await client.stats()).hits < len(keys)
 
 
-async def test_unexpected_errors_say_nothing_of_the_inside(
-    keys: list[bytes], caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_unexpected_errors_say_nothing_of_the_inside(keys: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
     class Broken(MemoryBackend):
         async def contains(self, keys: Any) -> list[bool]:
             raise RuntimeError("inside")
 
     server = KVStoreServer(Broken(capacity_bytes=1000))
     await server.start()
-    async with _raw_stub(server) as stub:
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await stub.Lookup(pb.LookupRequest(keys=keys), timeout=10)
-    await server.stop(0)
+    try:
+        async with _raw_stub(server) as stub:
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await stub.Lookup(pb.LookupRequest(keys=keys), timeout=10)
+    finally:
+        await server.stop(0)
     assert error.value.code() is grpc.StatusCode.INTERNAL
     assert "inside" not in (error.value.details() or "")
     assert "inside" in caplog.text

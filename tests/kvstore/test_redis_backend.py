@@ -133,9 +133,7 @@ async def _erring_redis(reply: bytes) -> AsyncIterator[str]:
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    yield f"redis://user:secret@127.0.0.1:{port}/0" if b"AUTH" in reply else (
-        f"redis://127.0.0.1:{port}/0"
-    )
+    yield f"redis://user:secret@127.0.0.1:{port}/0" if b"AUTH" in reply else (f"redis://127.0.0.1:{port}/0")
     server.close()
 
 

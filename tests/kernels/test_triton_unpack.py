@@ -1,0 +1,64 @@
+"""The PTX that unpacks words, emulated bit by bit: the interpreter runs the plain path only."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+
+from kvferry.kernels.triton_unpack import high_byte_asm, unpack_asm
+
+PAIRS = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint64).astype(np.uint32)
+"""Two words in a register."""
+
+
+def emulate(asm: str, operand: np.ndarray) -> np.ndarray:
+    """Runs shl.b32, shr.u32 and lop3.b32 on $1 and returns $0. Anything else is an error."""
+    registers = {"$1": operand}
+    for statement in asm.strip("{} ").split(";"):
+        if not statement.strip() or statement.strip() == ".reg .b32 t":
+            continue
+        opcode, target, *sources = re.split(r"[ ,]+", statement.strip())
+        values = [registers[source] if source in registers else np.uint32(int(source, 0)) for source in sources]
+        if opcode == "shl.b32":
+            registers[target] = values[0] << values[1]
+        elif opcode == "shr.u32":
+            registers[target] = values[0] >> values[1]
+        elif opcode == "lop3.b32":
+            registers[target] = lop3(values[0], values[1], values[2], int(values[3]))
+        else:
+            raise AssertionError(f"{statement!r} is not emulated")
+    return registers["$0"]
+
+
+def lop3(a: np.ndarray, b: np.uint32, c: np.uint32, table: int) -> np.ndarray:
+    """PTX's three-input logic: bit `4 a + 2 b + c` of the table, for each bit."""
+    result = np.zeros_like(a)
+    for index in range(8):
+        if table >> index & 1:
+            terms = [value if index & bit else ~value for value, bit in ((a, 4), (b, 2), (c, 1))]
+            result |= terms[0] & terms[1] & terms[2]
+    return result
+
+
+@pytest.mark.parametrize("field", range(8))
+def test_unpack_asm_is_one_plus_a_quarter_of_the_code(field: int) -> None:
+    got = emulate(unpack_asm(field), PAIRS).view(np.float16)
+    codes = PAIRS.view(np.uint16) >> (2 * field) & 3
+    assert np.array_equal(got.astype(np.float32), 1 + codes.astype(np.float32) / 4)
+
+
+@pytest.mark.parametrize("field", range(4))
+def test_high_byte_asm_moves_the_upper_fields_down(field: int) -> None:
+    moved = emulate(high_byte_asm(), PAIRS)
+    got = emulate(unpack_asm(field), moved).view(np.float16)
+    codes = PAIRS.view(np.uint16) >> (8 + 2 * field) & 3
+    assert np.array_equal(got.astype(np.float32), 1 + codes.astype(np.float32) / 4)
+
+
+def test_a_field_costs_at_most_two_instructions() -> None:
+    for field in range(8):
+        assert len(re.findall(r"shl|shr|lop3", unpack_asm(field))) <= 2

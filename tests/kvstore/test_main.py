@@ -1,0 +1,87 @@
+"""`python -m kvferry.kvstore` as a process: start, health, drain, clear errors."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvferry.kvstore import ClientConfig, Namespace, StoreClient, block_keys
+from kvferry.kvstore.__main__ import main, parse_size
+
+
+@pytest.mark.parametrize("backend", ["memory", "redis"])
+async def test_serves_and_drains_on_sigterm(
+    start_node: Callable[..., Any],
+    shared_redis: Any,
+    namespace: Namespace,
+    make_record: Callable[..., bytes],
+    backend: str,
+) -> None:
+    options = ["--memory", "1.5MiB"] if backend == "memory" else ["--redis", shared_redis.url]
+    node = start_node("--grace", "1", *options)
+    line = node.wait_for_line("serving on ")
+    assert f"backend {backend}, capacity " in line
+    assert node.address.startswith("127.0.0.1:")
+    key = block_keys(namespace, range(32))[0]
+    config = ClientConfig(address=node.address, lookup_timeout_s=5.0)
+    async with StoreClient(config) as client, grpc.aio.insecure_channel(node.address) as channel:
+        assert await client.put(key, make_record(key))
+        stats = await client.stats()
+        assert stats.backend == backend
+        if backend == "memory":
+            assert stats.capacity_bytes == 3 << 19
+        await client.delete([key])
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service="kvferry.kvstore.v1.KVStore"), timeout=20
+        )
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        node.signal(signal.SIGTERM)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert await asyncio.to_thread(node.popen.wait, 15) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("1024", 1024), ("2GB", 2 * 10**9), ("1GiB", 1 << 30), ("0.5 mib", 1 << 19)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1XB", "1 2", "0", "1e9", "nan"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "70000"], "port must be 0..65535"),
+        (["--redis", "http://127.0.0.1"], "redis://"),
+        (["--host", "192.0.2.1", "--port", "0"], "cannot listen on 192.0.2.1"),
+        (["--memory", "1GiB", "--redis", "redis://x"], "not allowed with"),
+        (["--memory", "lots"], "not a size"),
+    ],
+)
+def test_errors_are_one_clear_line(arguments: list[str], words: str) -> None:
+    command = [sys.executable, "-m", "kvferry.kvstore", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env={"PYTHONPATH": "src"})
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "KV store node" in capsys.readouterr().out
