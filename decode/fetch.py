@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,26 +123,24 @@ class BlockFetcher:
                 task.cancel()
 
     async def _from_store(self) -> None:
-        assert self._store is not None or self._in_store.empty()
         while True:
             wanted = await _drain(self._in_store)
             got = 0
             try:
-                assert self._store is not None
-                async for record in self._store.get(
-                    [self._keys[i] for i in wanted],
-                    lease_id=0,
-                    namespace=self._namespace,
-                    timeout_s=self._timeout_s,
-                ):
-                    self._load(wanted[got], record)
-                    self.usage.store_bytes_read += record.nbytes
-                    self.usage.store_tokens_read += record.header.num_tokens
-                    got += 1
+                async with aclosing(self._get(wanted)) as records:
+                    async for record in records:
+                        self._load(wanted[got], record)
+                        self.usage.store_bytes_read += record.nbytes
+                        self.usage.store_tokens_read += record.header.num_tokens
+                        got += 1
             except (KVStoreError, ValueError) as error:
                 logger.warning("blocks are fetched from the prefill worker instead: %s", error)
                 for index in wanted[got:]:
                     self._elsewhere.put_nowait(index)
+
+    def _get(self, indices: list[int]) -> AsyncGenerator[Record]:
+        assert self._store is not None  # nothing is announced as in the store without one
+        return self._store.get([self._keys[i] for i in indices], namespace=self._namespace, timeout_s=self._timeout_s)
 
     async def _from_prefill(self) -> None:
         while True:

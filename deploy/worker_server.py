@@ -205,7 +205,7 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bf16 where the processor multiplies it natively, else fp32."""
+    """ "auto" is bf16 where the processor multiplies it natively, else fp32."""
     if name == "auto":
         capabilities = torch.cpu.get_capabilities()
         native = device.type != "cpu" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")

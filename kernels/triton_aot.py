@@ -56,16 +56,18 @@ class MachineCode:
     spills: int
     """Local-memory loads and stores: LOCAL of cuobjdump stays 0 even when there are some."""
     tensor_core: int
-    """Tensor-core instructions in the main loop, or in the kernel where no loop has any."""
+    """Tensor-core instructions in the main loop."""
     loop: int
     """Instructions of the main loop: the one with most tensor-core instructions."""
     per_token: float
     """Instructions of the main loop for each token of one KV head, per thread group of 32."""
+    unpack_asm: int
+    """Inline unpackings in the PTX: 0 when the plain path was compiled."""
     opcodes: dict[str, int]
-    """How often each opcode occurs in the kernel, without its suffixes."""
+    """How often each opcode occurs in the main loop, or in the kernel without one; suffixes are cut off."""
 
 
-def cases() -> Iterator[KernelCase]:
+def cases(arch: int) -> Iterator[KernelCase]:
     """The kernels, as launched on models with 8 KV heads: Llama's 4 x 128 and SmolLM's 3 x 64 query heads."""
     for head_dim, group in ((128, 4), (64, 3)):
         heads = dict(HEADS=8, GROUP=group, HEAD_DIM=head_dim)
@@ -77,7 +79,7 @@ def cases() -> Iterator[KernelCase]:
             triton_decode.packed_attention_fwd_kernel,
             dict(query_ptr="*fp16", **pool, **partial),
             dict(heads, PADDED=8, BLOCK_PAGES=4, SINKS=4, ASM=True),
-            triton_decode.PACKED_OPTIONS,
+            triton_decode.packed_options(8, arch),
             32,
         )
         slots = dict(slots_ptr="*i32", tail_lens_ptr="*i32")
@@ -134,10 +136,10 @@ def compile_case(case: KernelCase, arch: int) -> MachineCode:
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
-    return read_code(case, arch, compiled.asm["cubin"])
+    return read_code(case, arch, compiled.asm["ptx"], compiled.asm["cubin"])
 
 
-def read_code(case: KernelCase, arch: int, cubin: bytes) -> MachineCode:
+def read_code(case: KernelCase, arch: int, ptx: str, cubin: bytes) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -145,21 +147,20 @@ def read_code(case: KernelCase, arch: int, cubin: bytes) -> MachineCode:
         sass = _tool("nvdisasm", "-c", file.name)
     registers = max(int(count) for count in re.findall(r"\bREG:(\d+)", usage))
     code = _instructions(sass)
-    opcodes = Counter(opcode.split(".")[0] for _, opcode, _ in code)
+    opcodes = [opcode for _, opcode, _ in code]
     loop = _main_loop(code)
-    tensor_core = sum(bool(TENSOR_CORE.match(opcode)) for opcode in loop)
-    if not tensor_core:
-        tensor_core = sum(count for opcode, count in opcodes.items() if TENSOR_CORE.match(opcode))
+    looked_at = loop or opcodes
     warps = case.options["num_warps"]
     return MachineCode(
         name=case.name,
         arch=arch,
         registers=registers,
-        spills=opcodes["LDL"] + opcodes["STL"],
-        tensor_core=tensor_core,
+        spills=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
+        tensor_core=_tensor_core(looked_at),
         loop=len(loop),
         per_token=len(loop) * warps / case.page_tokens if case.page_tokens else 0.0,
-        opcodes=dict(opcodes),
+        unpack_asm=ptx.count("0x3C003C00"),
+        opcodes=dict(Counter(opcode.split(".")[0] for opcode in looked_at)),
     )
 
 
@@ -188,6 +189,10 @@ def _instructions(sass: str) -> list[tuple[int, str, int | None]]:
     return code
 
 
+def _tensor_core(opcodes: list[str]) -> int:
+    return sum(bool(TENSOR_CORE.match(opcode)) for opcode in opcodes)
+
+
 def _main_loop(code: list[tuple[int, str, int | None]]) -> list[str]:
     """Opcodes of the loop with the most tensor-core instructions; of those, the longest."""
     loops = [
@@ -197,7 +202,7 @@ def _main_loop(code: list[tuple[int, str, int | None]]) -> list[str]:
     ]
     return max(
         loops,
-        key=lambda loop: (sum(bool(TENSOR_CORE.match(opcode)) for opcode in loop), len(loop)),
+        key=lambda loop: (_tensor_core(loop), len(loop)),
         default=[],
     )
 
@@ -206,7 +211,7 @@ def main(arguments: list[str]) -> None:
     as_json = "--json" in arguments
     targets = [int(argument) for argument in arguments if argument.isdigit()] or [80, 90]
     for arch in targets:
-        for case in cases():
+        for case in cases(arch):
             code = compile_case(case, arch)
             if as_json:
                 print(json.dumps(asdict(code)), flush=True)

@@ -79,7 +79,7 @@ def attend_plain(
     return peak, total, new_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_blocks"])
 def chunk_attention_fwd_kernel(
     query_ptr,  # [H * GROUP, n, D]
     key_ptr,  # fp16 [H, n, D]

@@ -18,6 +18,8 @@ else is in the batch. A program reads K and V once for all query heads that shar
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -48,6 +50,9 @@ LOWEST = tl.constexpr(-1e30)
 LOG2E = 1.4426950408889634
 PACKED_OPTIONS = {"num_warps": 1, "num_stages": 3, "enable_fp_fusion": True}
 """One warp a program: more repeat the unpacking. Three stages: the block table is fetched ahead of the pages."""
+SM_80_REGISTERS = 168
+"""On sm_80 alone ptxas takes 254 registers, which is 8 warps a multiprocessor, where 168 (12 warps) do without a spill,
+up to 8 query heads a KV head."""
 TAIL_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 MERGE_OPTIONS = {"num_warps": 2, "num_stages": 2, "enable_fp_fusion": True}
 
@@ -58,7 +63,7 @@ def pages_per_piece(num_pages):
     return tl.maximum(MIN_PIECE, tl.cdiv(num_pages, MAX_PIECES))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "parts"])
 def packed_attention_fwd_kernel(
     query_ptr,  # [B, H * GROUP, D]
     words_ptr,  # int16 view of one layer of the pool: [block, H, BLOCK_PAGES, 12 D]
@@ -218,7 +223,7 @@ def attend_rows(
     return new_peak, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def tail_attention_fwd_kernel(
     query_ptr,  # [B, H * GROUP, D]
     tail_ptr,  # fp16 [slot, K|V, H, TAIL_ROWS, D], one layer
@@ -277,7 +282,7 @@ def tail_attention_fwd_kernel(
     tl.store(lse_ptr + part, peak + tl.log2(total), mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def merge_fwd_kernel(
     part_ptr,  # fp32 [B, H, parts, GROUP, D]
     lse_ptr,  # fp32 [B, H, parts, GROUP], base 2
@@ -317,7 +322,23 @@ def merge_fwd_kernel(
     tl.store(out_ptr + (row * HEADS * GROUP + query_head) * HEAD_DIM + channel, acc / total)
 
 
-def decode_attention(query: Tensor, batch: DecodeBatch, *, layer: int, scale: float, asm: bool, narrow: int) -> Tensor:
+def packed_options(padded: int, capability: int) -> dict[str, Any]:
+    """Launch options of `packed_attention_fwd_kernel`; `capability` is 80 for sm_80, 0 for what is not CUDA."""
+    if capability == 80 and padded <= 8:
+        return PACKED_OPTIONS | {"maxnreg": SM_80_REGISTERS}
+    return PACKED_OPTIONS
+
+
+def decode_attention(
+    query: Tensor,
+    batch: DecodeBatch,
+    *,
+    layer: int,
+    scale: float,
+    asm: bool,
+    narrow: int,
+    capability: int,
+) -> Tensor:
     """`PackedKernels.decode_attention`. Never synchronizes; every launch has a shape fixed by the arguments' shapes.
 
     `narrow` is the least number of query columns a dot takes on this device: 8 on CUDA, 16 on HIP.
@@ -357,7 +378,7 @@ def decode_attention(query: Tensor, batch: DecodeBatch, *, layer: int, scale: fl
             BLOCK_PAGES=block_pages,
             SINKS=sinks,
             ASM=asm,
-            **PACKED_OPTIONS,
+            **packed_options(padded, capability),
         )
     tails = batch.tails[:, layer]
     sink_rows = batch.sinks[:, layer]

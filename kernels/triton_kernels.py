@@ -23,7 +23,8 @@ class TritonKernels:
     reads the flag that its kernel sets for numbers that are not finite. To read one flag for many layers, call
     `triton_quantize.quantize_block`.
 
-    The arithmetic is fp16 with fp32 accumulation, whatever the query's dtype.
+    The arithmetic is fp16 with fp32 accumulation, whatever the query's dtype. Pool, sinks and tails must be contiguous
+    behind their first two dimensions, block or slot and layer.
     """
 
     name = "triton/1"
@@ -32,9 +33,15 @@ class TritonKernels:
         interpreted = knobs.runtime.interpret
         self._asm = not interpreted and torch.version.hip is None
         self._narrow = 8 if torch.version.hip is None else 16
+        self._capability = 0
+        if self._asm and torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            self._capability = 10 * major + minor
 
     def quantize_block(self, keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor) -> None:
         _check_head_dim(keys.shape[-1])
+        if keys.stride(-1) != 1 or values.stride(-1) != 1 or not out.is_contiguous():
+            raise ValueError("channels of K and V must be contiguous, and so must the pages")
         flag = torch.zeros(1, dtype=torch.int32, device=keys.device)
         quantize_block(keys, values, sink_tokens=sink_tokens, out=out, flag=flag)
         if flag.item():
@@ -42,7 +49,15 @@ class TritonKernels:
 
     def decode_attention(self, query: Tensor, batch: DecodeBatch, *, layer: int, scale: float) -> Tensor:
         _check_heads(query.shape[1], batch.pool.shape[2], query.shape[2])
-        return decode_attention(query, batch, layer=layer, scale=scale, asm=self._asm, narrow=self._narrow)
+        return decode_attention(
+            query,
+            batch,
+            layer=layer,
+            scale=scale,
+            asm=self._asm,
+            narrow=self._narrow,
+            capability=self._capability,
+        )
 
     def chunk_attention(
         self,

@@ -137,7 +137,7 @@ def quantize_values(
     tl.store(bytes_ptr + 12 * HEAD_DIM + place, packed.to(tl.uint8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sink_tokens"])
 def quantize_fwd_kernel(
     key_ptr,  # fp16 [H, T, D]
     value_ptr,  # fp16 [H, T, D]

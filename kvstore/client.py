@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +52,7 @@ class NodeStats(NamedTuple):
     puts: int
     evictions: int
     rejected: int
+    corrupt: int
     backend: str
 
 
@@ -129,7 +130,7 @@ class StoreClient:
         namespace: bytes,
         lease_id: int = 0,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[Record]:
+    ) -> AsyncGenerator[Record]:
         """Yields the verified record of every key, in order.
 
         `namespace` is Namespace.digest(). Raises BlockNotFound at the first missing key (records

@@ -144,6 +144,7 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
             puts=self.counters.puts,
             evictions=backend.evictions,
             rejected=self.counters.rejected,
+            corrupt=self.counters.corrupt,
             backend=backend.name,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,16 +140,17 @@ class PrefillSession:
             timeout_s=self._config.fetch_timeout_s,
         )
         block_size = self._engine.layout.block_size
-        async for record in records:
-            index = self._blocks.num_ready
-            if record.header.block_index != index or record.header.num_tokens != block_size:
-                raise ValueError(f"the record says block {record.header.block_index}, not {index}")
-            # np.frombuffer: torch would warn that a read-only buffer is not writable
-            payload = torch.from_numpy(np.frombuffer(record.payload, np.uint8).copy())
-            self._blocks.load(index, payload)
-            self._usage.store_bytes_read += record.nbytes
-            self._usage.store_tokens_read += block_size
-            self._events.put_nowait(BlockReady(index, in_store=True))
+        async with aclosing(records):
+            async for record in records:
+                index = self._blocks.num_ready
+                if record.header.block_index != index or record.header.num_tokens != block_size:
+                    raise ValueError(f"the record says block {record.header.block_index}, not {index}")
+                # The copy is writable; torch warns about the record's read-only buffer.
+                payload = torch.from_numpy(np.frombuffer(record.payload, np.uint8).copy())
+                self._blocks.load(index, payload)
+                self._usage.store_bytes_read += record.nbytes
+                self._usage.store_tokens_read += block_size
+                self._events.put_nowait(BlockReady(index, in_store=True))
 
     async def _compute(self) -> None:
         loop = asyncio.get_running_loop()

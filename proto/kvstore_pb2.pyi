@@ -338,6 +338,7 @@ class StatsReply(_message.Message):
     EVICTIONS_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
+    CORRUPT_FIELD_NUMBER: _builtins.int
     records: _builtins.int
     bytes: _builtins.int
     capacity_bytes: _builtins.int
@@ -352,6 +353,8 @@ class StatsReply(_message.Message):
     rejected: _builtins.int
     """puts refused: no room, or the record failed its checks"""
     backend: _builtins.str
+    corrupt: _builtins.int
+    """damaged records that were found and deleted"""
     def __init__(
         self,
         *,
@@ -365,10 +368,11 @@ class StatsReply(_message.Message):
         evictions: _builtins.int = ...,
         rejected: _builtins.int = ...,
         backend: _builtins.str = ...,
+        corrupt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bytes", b"bytes", "capacity_bytes", b"capacity_bytes", "evictions", b"evictions", "hits", b"hits", "lookups", b"lookups", "misses", b"misses", "puts", b"puts", "records", b"records", "rejected", b"rejected"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bytes", b"bytes", "capacity_bytes", b"capacity_bytes", "corrupt", b"corrupt", "evictions", b"evictions", "hits", b"hits", "lookups", b"lookups", "misses", b"misses", "puts", b"puts", "records", b"records", "rejected", b"rejected"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

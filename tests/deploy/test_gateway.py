@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvferry.deploy.client import AsyncClient
 from kvferry.deploy.config import GatewayConfig, RequestLimits
 from kvferry.deploy.gateway import SERVICE
-from kvferry.proto import inference_pb2, worker_pb2
+from kvferry.proto import inference_pb2, inference_pb2_grpc, worker_pb2
 
 Code = grpc.StatusCode
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -21,9 +21,7 @@ ROLE = {"decode": ("decode",), "prefill": ("prefill",)}
 
 
 def request(text="Hi", *, request_id="", **sampling):
-    return inference_pb2.GenerateRequest(
-        text=text, request_id=request_id, sampling=inference_pb2.Sampling(**sampling)
-    )
+    return inference_pb2.GenerateRequest(text=text, request_id=request_id, sampling=inference_pb2.Sampling(**sampling))
 
 
 async def refused(call):
@@ -32,6 +30,19 @@ async def refused(call):
         async for _ in call:
             pass
     return caught.value.code(), caught.value.details(), dict(caught.value.trailing_metadata())
+
+
+async def first(call):
+    return await anext(aiter(call))
+
+
+async def drain(call):
+    try:
+        async for _ in call:
+            pass
+    except grpc.aio.AioRpcError:
+        pass
+    return await call.code()
 
 
 async def eventually(condition, seconds=3.0):
@@ -100,8 +111,8 @@ class TestAnswer:
         assert [sent.prefill_address for sent in worker.requests] == ["", ""]
 
     async def test_length_flushes_an_incomplete_character(self, lab):
-        first = lab.ids("🤖")[0]
-        stub = await lab.stub(await lab.gateway([await lab.worker([lab.end(0, first, "length")])]))
+        incomplete = lab.ids("🤖")[0]
+        stub = await lab.stub(await lab.gateway([await lab.worker([lab.end(0, incomplete, "length")])]))
         (chunk,) = [chunk async for chunk in stub.Generate(request(max_tokens=1))]
         assert (chunk.text, chunk.finish_reason) == ("\ufffd", "length")
 
@@ -115,7 +126,7 @@ class TestAnswer:
         stub = await lab.stub(await lab.gateway([await lab.worker([5, HANG])]))
         call = stub.Generate(request())
         async with asyncio.timeout(2):
-            assert (await call.read()).index == 0
+            assert (await first(call)).index == 0
         call.cancel()
 
 
@@ -131,9 +142,9 @@ class TestStop:
         await eventually(lambda: worker.num_cancelled == 1, 1)
 
     async def test_usage_sent_early_survives_a_stop_string(self, lab):
-        first, *rest = lab.ids("Stop here please")
+        start, *rest = lab.ids("Stop here please")
         usage = worker_pb2.DecodeUsage(handoff_bytes=77)
-        worker = await lab.worker([worker_pb2.TokenChunk(token_id=first, usage=usage), *rest, HANG])
+        worker = await lab.worker([worker_pb2.TokenChunk(token_id=start, usage=usage), *rest, HANG])
         stub = await lab.stub(await lab.gateway([worker]))
         chunks = [chunk async for chunk in stub.Generate(request(stop=[" here"]))]
         assert chunks[-1].usage.kv_bytes_moved == 77
@@ -189,7 +200,7 @@ class TestCancel:
         stub = await lab.stub(await lab.gateway([worker]))
         call = stub.Generate(request())
         for _ in range(num_tokens):
-            await call.read()
+            await first(call)
         await eventually(lambda: worker.num_running == 1)
         call.cancel()
         await eventually(lambda: worker.num_cancelled == 1, 1)
@@ -214,28 +225,34 @@ class TestCancel:
         worker = await lab.worker([5, HANG])
         gateway = await lab.gateway([worker], limits=RequestLimits(max_concurrent=1, default_timeout_s=0.3))
         stub = await lab.stub(gateway)
-        first = stub.Generate(request(), timeout=30)
-        await first.read()
+        running = stub.Generate(request(), timeout=30)
+        await first(running)
         assert (await refused(stub.Generate(request())))[0] == Code.DEADLINE_EXCEEDED
         assert len(worker.requests) == 1
-        first.cancel()
+        running.cancel()
 
     async def test_slow_client_is_dropped(self, lab):
         worker = await lab.worker([5] * 100_000)
-        gateway = await lab.gateway([worker], limits=RequestLimits(write_timeout_s=0.3, max_new_tokens=200_000))
-        async with grpc.aio.insecure_channel(gateway.address, options=[("grpc.http2.lookahead_bytes", 1024)]) as channel:
-            from kvferry.proto import inference_pb2_grpc
-
+        limits = RequestLimits(write_timeout_s=0.3, max_new_tokens=200_000)
+        gateway = await lab.gateway([worker], limits=limits)
+        options = [("grpc.http2.bdp_probe", 0)]  # else 2 MB fit into the connection
+        async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
             call = inference_pb2_grpc.InferenceStub(channel).Generate(request())
-            await call.read()
+            await first(call)
             await eventually(lambda: worker.num_cancelled == 1, 10)
-            call.cancel()
+            num_read = 0
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in call:
+                    num_read += 1
+        assert caught.value.code() == Code.RESOURCE_EXHAUSTED
+        assert "read nothing for 0.3 s" in caught.value.details()
+        assert num_read < 20_000
 
 
 class TestLimits:
     @pytest.mark.parametrize("extra", [0, 1, 10_000, 3 * 2**20])
     async def test_bytes(self, lab, extra):
-        worker = await lab.worker(lab.text_script("a"), max_model_len=512)
+        worker = await lab.worker([lab.end(0)])
         gateway = await lab.gateway([worker], limits=RequestLimits(max_prompt_bytes=1000))
         stub = await lab.stub(gateway)
         call = stub.Generate(request("x" * (1000 + extra), max_tokens=1))
@@ -369,10 +386,10 @@ class TestLimits:
     async def test_a_request_id_runs_once_at_a_time(self, lab):
         worker = await lab.worker([5, HANG])
         stub = await lab.stub(await lab.gateway([worker]))
-        first = stub.Generate(request(request_id="same"))
-        await first.read()
+        running = stub.Generate(request(request_id="same"))
+        await first(running)
         assert (await refused(stub.Generate(request(request_id="same"))))[0] == Code.ALREADY_EXISTS
-        first.cancel()
+        running.cancel()
         await eventually(lambda: worker.num_running == 0)
         worker.script = [lab.end(0)]
         assert [chunk async for chunk in stub.Generate(request(request_id="same"))]
@@ -412,7 +429,7 @@ class TestOverload:
         gateway = await lab.gateway([worker], limits=RequestLimits(max_concurrent=1, max_queued=2))
         stub = await lab.stub(gateway)
         running = stub.Generate(request())
-        await running.read()
+        await first(running)
         admission = gateway._gateway._answering
         for _ in range(3):
             waiting = [stub.Generate(request()) for _ in range(2)]
@@ -439,7 +456,8 @@ class TestOverload:
         started = time.monotonic()
         assert await health(gateway) == SERVING
         assert time.monotonic() - started < 0.5
-        await asyncio.gather(*(call.code() for call in calls))
+        codes = await asyncio.gather(*(drain(call) for call in calls))
+        assert codes.count(Code.OK) == 4
 
 
 class TestWorkers:
@@ -535,7 +553,7 @@ class TestWorkers:
         stub = await lab.stub(gateway)
         calls = [stub.Generate(request()) for _ in range(6)]
         for call in calls:
-            await call.read()
+            await first(call)
         assert [worker.num_running for worker in decodes] == [2, 2, 2]
         addresses = [sent.prefill_address for worker in decodes for sent in worker.requests]
         assert sorted(addresses.count(worker.address) for worker in prefills) == [3, 3]
@@ -561,7 +579,7 @@ class TestWorkers:
         gateway = await lab.gateway([old])
         stub = await lab.stub(gateway)
         running = stub.Generate(request())
-        await running.read()
+        await first(running)
         gateway.set_workers(decode=[new.address])
         await gateway.wait_until_serving(5)
         assert [chunk async for chunk in stub.Generate(request())]
@@ -584,10 +602,10 @@ class TestWorkerFailure:
         assert bad.requests[0].sampling.seed in {sent.sampling.seed for sent in good.requests}
 
     async def test_a_dead_worker_goes_elsewhere_before_the_poll_sees_it(self, lab):
-        first, second = [await lab.worker(lab.text_script("a")) for _ in range(2)]
-        gateway = await lab.gateway([first, second])
+        one, other = [await lab.worker(lab.text_script("a")) for _ in range(2)]
+        gateway = await lab.gateway([one, other])
         await eventually(lambda: len(gateway._pool.pairs()) == 2)
-        await first.stop()
+        await one.stop()
         stub = await lab.stub(gateway)
         for _ in range(3):
             assert [chunk async for chunk in stub.Generate(request())]
@@ -621,7 +639,7 @@ class TestWorkerFailure:
         gateway = await lab.gateway(workers)
         await eventually(lambda: len(gateway._pool.pairs()) == 2)
         call = (await lab.stub(gateway)).Generate(request())
-        assert (await call.read()).index == 0
+        assert (await first(call)).index == 0
         code, details, _ = await refused(call)
         assert code == Code.UNAVAILABLE
         assert "after 1 tokens" in details
@@ -631,8 +649,8 @@ class TestWorkerFailure:
         worker = await lab.worker([5, 6, HANG])
         gateway = await lab.gateway([worker])
         call = (await lab.stub(gateway)).Generate(request())
-        await call.read()
-        await call.read()
+        await first(call)
+        await first(call)
         await worker.stop()
         async with asyncio.timeout(2):
             code, details, _ = await refused(call)
@@ -689,7 +707,7 @@ class TestServer:
         worker = await lab.worker([5, 0.3, lab.end(1)])
         gateway = await lab.gateway([worker])
         call = (await lab.stub(gateway)).Generate(request())
-        await call.read()
+        await first(call)
         stopping = asyncio.create_task(gateway.stop(5))
         assert [chunk.finish_reason async for chunk in call] == ["stop"]
         await stopping

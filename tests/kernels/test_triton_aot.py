@@ -19,10 +19,10 @@ ARCHS = (80, 90)
 KERNELS = [
     f"{kernel}-d{head_dim}" for kernel in ("packed", "tail", "merge", "chunk", "quantize") for head_dim in (64, 128)
 ]
-REGISTERS = {"packed": 255, "tail": 128, "merge": 64, "chunk": 216, "quantize": 168}
-"""Most registers a thread. sm_80 gives a lone warp nearly all there are; sm_90 stays at 168."""
+REGISTERS = {"packed": 168, "tail": 128, "merge": 64, "chunk": 216, "quantize": 168}
+"""Most registers a thread; 168 leave room for 12 warps a multiprocessor."""
 PER_TOKEN = {"packed-d128": 26.0, "packed-d64": 18.0}
-"""Most instructions for each token of one KV head. Measured: 24.5 and 16.8."""
+"""Most instructions for each token of one KV head. Measured: 25.3 and 16.8."""
 
 
 @pytest.fixture(scope="module")
@@ -56,32 +56,28 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", KERNELS)
-class TestMachineCode:
-    def test_nothing_is_spilled(self, compiled: Any, kernel: str, arch: int) -> None:
-        assert compiled[kernel, arch]["spills"] == 0
+def test_nothing_is_spilled(compiled: Any, kernel: str, arch: int) -> None:
+    code = compiled[kernel, arch]
+    assert code["spills"] == 0
+    assert code["registers"] <= REGISTERS[kernel.split("-")[0]]
 
-    def test_registers_are_bounded(self, compiled: Any, kernel: str, arch: int) -> None:
-        assert compiled[kernel, arch]["registers"] <= REGISTERS[kernel.split("-")[0]]
 
-    def test_attention_runs_on_tensor_cores(self, compiled: Any, kernel: str, arch: int) -> None:
-        if kernel.startswith(("merge", "quantize")):
-            pytest.skip("has no matrix product")
-        assert compiled[kernel, arch]["tensor_core"] >= 8
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.startswith(("packed", "tail", "chunk"))])
+def test_attention_runs_on_tensor_cores(compiled: Any, kernel: str, arch: int) -> None:
+    assert compiled[kernel, arch]["tensor_core"] >= 8
 
-    def test_codes_never_become_integers(self, compiled: Any, kernel: str, arch: int) -> None:
-        if not kernel.startswith(("packed", "chunk")):
-            pytest.skip("does not unpack")
-        opcodes = compiled[kernel, arch]["opcodes"]
-        assert opcodes["LOP3"] >= 32
-        assert not [opcode for opcode in opcodes if opcode.startswith("I2F")]
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.startswith(("packed", "chunk"))])
+def test_codes_are_never_converted_one_by_one(compiled: Any, kernel: str, arch: int) -> None:
+    code = compiled[kernel, arch]
+    assert code["unpack_asm"] >= 16
+    assert code["opcodes"]["LOP3"] >= 16
+    assert not [opcode for opcode in code["opcodes"] if opcode.startswith("I2F")]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", PER_TOKEN)
 def test_the_decode_loop_stays_short(compiled: Any, kernel: str, arch: int) -> None:
     assert compiled[kernel, arch]["per_token"] <= PER_TOKEN[kernel]
-
-
-def test_sm_90_keeps_room_for_twelve_warps(compiled: Any) -> None:
-    for kernel in PER_TOKEN:
-        assert compiled[kernel, 90]["registers"] <= 168

@@ -55,8 +55,8 @@ def assert_same_pages(got: Tensor, wanted: Tensor, head_dim: int) -> None:
     names = ("K codes", "K scale", "K zero", "V codes", "V scale", "V zero")
     for name, a, b in zip(names, split_page(got, head_dim), split_page(wanted, head_dim), strict=True):
         differ = (a != b).float().mean().item()
-        assert differ <= 1e-3, f"{name}: {differ:.2%} differ"
-        if a.dtype == torch.float16:
+        assert differ <= (1e-3 if "codes" in name else 1e-2), f"{name}: {differ:.2%} differ"
+        if "codes" not in name:
             torch.testing.assert_close(a, b, rtol=2e-3, atol=0.0, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -64,6 +64,7 @@ def check_quantize(device: torch.device, *, head_dim: int, sink_tokens: int = 0,
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(2, 64, head_dim, generator=generator) * factor
     keys[..., 3] *= 8  # an outlier channel
+    keys.clamp_(-65504, 65504)
     values = torch.randn(2, 64, head_dim, generator=generator) * factor
     got, wanted = quantize_both(keys.half(), values.half(), device, sink_tokens=sink_tokens)
     assert_same_pages(got, wanted, head_dim)

@@ -1,0 +1,173 @@
+"""The specification itself: fit, masking, and attention on packed blocks against attention on what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvferry.kernels.layout import split_page
+from kvferry.kernels.reference import (
+    ReferenceKernels,
+    attend,
+    dequantize_pages,
+    fit_groups,
+    merge,
+    quantize_pages,
+    unfold,
+)
+
+kernels = ReferenceKernels()
+Everything = torch.tensor(True)
+
+
+def restore(x: Tensor, valid: Tensor = Everything) -> Tensor:
+    codes, scale, zero = fit_groups(x, valid)
+    s, z = unfold(scale, zero)
+    return codes.float() * s[..., None] + z[..., None]
+
+
+def test_fit_beats_min_max() -> None:
+    x = torch.randn(4096, 32)
+    lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    step = (hi - lo) / 3
+    min_max = ((x - lo) / step).round() * step + lo
+    fitted = (restore(x) - x).square().mean()
+    assert fitted < 0.095
+    assert fitted < 0.65 * (min_max - x).square().mean()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.25, 1000.0, -16384.0, 1e-4, 6e-8])
+def test_constant_groups(value: float) -> None:
+    """A constant keeps its value, up to the rounding of the zero point."""
+    restored = restore(torch.full((3, 32), value))
+    assert (restored - value).abs().max() <= abs(value) * 2**-11 + 2**-14
+
+
+@pytest.mark.parametrize("magnitude", [1e-7, 1e-5, 1e-3, 1.0, 1e3, 16000.0])
+def test_magnitudes(magnitude: float) -> None:
+    x = (torch.randn(256, 32).clamp(-1, 1) * magnitude).half().float()
+    error = (restore(x) - x).square().mean()
+    assert error <= max(0.12 * x.square().mean(), torch.tensor(2.0**-30))
+
+
+def test_values_beyond_the_limit_are_clamped() -> None:
+    x = torch.tensor([-65504.0, 65504.0]).repeat(16)[None]
+    codes, scale, zero = fit_groups(x, Everything)
+    assert scale.isfinite().all() and zero.isfinite().all()
+    s, z = unfold(scale, zero)
+    assert torch.allclose(codes.float() * s + z, x.clamp(-16384, 16384), rtol=2e-3)
+
+
+def test_group_with_one_outlier() -> None:
+    x = torch.zeros(1, 32)
+    x[0, 5] = 100.0
+    restored = restore(x)
+    assert restored[0, 5] == pytest.approx(100.0, rel=0.1)
+
+
+def test_masked_values_do_not_count() -> None:
+    x = torch.randn(16, 32)
+    wild = x.clone()
+    wild[:, :4] = 1e4
+    valid = torch.arange(32) >= 4
+    for a, b in zip(fit_groups(x, valid), fit_groups(wild, valid), strict=True):
+        assert torch.equal(a, b)
+    codes, scale, zero = fit_groups(wild, torch.zeros(32, dtype=torch.bool))
+    assert not codes.any() and not scale.any() and not zero.any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["keys", "values"])
+def test_not_finite_is_refused(bad: float, where: str) -> None:
+    k, v = torch.randn(2, 2, 64, 32).half()
+    (k if where == "keys" else v)[1, 40, 3] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        quantize_pages(k, v)
+
+
+def test_sinks_are_left_out() -> None:
+    k, v = torch.randn(2, 2, 64, 64).half()
+    pages = quantize_pages(k, v, sink_tokens=4)
+    k_codes, _, _, v_codes, v_scale, v_zero = split_page(pages, 64)
+    assert not k_codes[:, 0, :4].any() and not v_codes[:, 0, :4].any()
+    assert not v_scale[:, 0, :4].any() and not v_zero[:, 0, :4].any()
+    k[:, :4] = 100.0  # what the sinks hold does not matter
+    again = split_page(quantize_pages(k, v, sink_tokens=4), 64)
+    assert torch.equal(again[0], k_codes)
+    assert torch.equal(pages[:, 1], quantize_pages(k, v)[:, 1])
+
+
+def test_quantization_error_of_pages() -> None:
+    k, v = torch.randn(2, 3, 128, 96).half()
+    keys, values = dequantize_pages(quantize_pages(k, v), 96)
+    for x, y in ((k, keys), (v, values)):
+        assert (x.float() - y).square().mean() < 0.11
+
+
+def test_merge_of_parts_is_the_whole() -> None:
+    q, k, v = torch.randn(2, 3, 5, 32), torch.randn(2, 40, 32), torch.randn(2, 40, 32)
+    every = torch.ones(40, dtype=torch.bool)
+    whole, _ = attend(q, k, v, every, 0.2)
+    cuts = (0, 1, 17, 40)
+    parts = [
+        attend(q, k[:, a:b], v[:, a:b], every[a:b], 0.2) for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+    assert torch.allclose(merge(parts), whole, atol=1e-6)
+
+
+def test_merge_ignores_an_empty_part() -> None:
+    q, k, v = torch.randn(1, 1, 2, 32), torch.randn(1, 8, 32), torch.randn(1, 8, 32)
+    some = attend(q, k, v, torch.ones(8, dtype=torch.bool), 0.2)
+    none = attend(q, k, v, torch.zeros(8, dtype=torch.bool), 0.2)
+    assert torch.allclose(merge([none, some]), some[0])
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("table", [[], [7], [5, 2, 8]], ids=len)
+def test_decode_is_attention_on_the_dequantized_context(
+    group: int, table: list[int], make_cache: Callable[..., object]
+) -> None:
+    cache = make_cache(head_dim=32)
+    batch = cache.batch([table], [37])
+    query = cache.query(group, 1)
+    keys, values = [], []
+    if table:
+        pages = cache.pool[table, 1].transpose(0, 1).flatten(1, 2)
+        k, v = dequantize_pages(pages, 32)
+        sinks = cache.sinks[0, 1].float()
+        keys += [sinks[:, 0], k[:, 4:]]
+        values += [sinks[:, 1], v[:, 4:]]
+    tail = cache.tails[0, 1, :, :, :37].float()
+    k, v = torch.cat([*keys, tail[0]], dim=1), torch.cat([*values, tail[1]], dim=1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.view(2, group, 32), k, v, scale=cache.scale
+    )
+    actual = kernels.decode_attention(query, batch, layer=1, scale=cache.scale)
+    assert torch.allclose(actual.view_as(expected), expected, atol=1e-5)
+
+
+def test_chunk_agrees_with_decode(make_cache: Callable[..., object]) -> None:
+    """Row i of a chunk sees what a decode step with i + 1 tokens in its tail sees."""
+    cache = make_cache()
+    n, group = 9, 3
+    query = cache.query(group, n).transpose(0, 1)  # [Hq, n, D]
+    keys, values = cache.tails[2, 0, 0, :, :n], cache.tails[2, 0, 1, :, :n]
+    for table in ([], [4, 1]):
+        rows = kernels.chunk_attention(
+            query, keys, values, cache.prefix(table, slot=2), layer=0, scale=cache.scale
+        )
+        for i in (0, 4, 8):
+            batch = cache.batch([table], [i + 1], slots=[2])
+            step = kernels.decode_attention(query[:, i][None], batch, layer=0, scale=cache.scale)
+            assert torch.allclose(rows[:, i], step[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_output_has_the_query_dtype(dtype: torch.dtype, make_cache: Callable[..., object]) -> None:
+    cache = make_cache()
+    query = cache.query(2, 1).to(dtype)
+    out = kernels.decode_attention(query, cache.batch([[3]], [1]), layer=0, scale=cache.scale)
+    assert out.dtype == dtype and out.shape == query.shape
