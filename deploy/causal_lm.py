@@ -70,6 +70,8 @@ class TransformersModel:
         check_supported(model.config)
         model.set_attn_implementation(ATTENTION_NAME)
         self._model = model.eval()
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
         config = model.config
         self.num_layers: int = config.num_hidden_layers
         self.num_kv_heads: int = config.num_key_value_heads
@@ -77,14 +79,6 @@ class TransformersModel:
         self.vocab_size: int = config.vocab_size
         self.max_model_len: int = config.max_position_embeddings
         self.hidden_size: int = config.hidden_size
-
-    @property
-    def device(self) -> torch.device:
-        return self._model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._model.dtype
 
     @torch.inference_mode()
     def hidden(self, token_ids: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:

@@ -7,13 +7,14 @@ import logging
 import signal
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
 
-from kvferry.deploy.client import Client, ClientError
+from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.settings import Settings
 
 app = typer.Typer(
@@ -86,21 +87,24 @@ def generate(
     text = _prompt_text(prompt, prompt_file)
     if question:
         text = f"{text}\n\n{question}"
+    options: GenerateOptions = {
+        "timeout": timeout,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p or 1.0,
+        "top_k": top_k,
+        "stop": stop or [],
+    }
+    if seed is not None:
+        options["seed"] = seed
+    if not raw:
+        options["messages"] = [{"role": "user", "content": text}]
+    pieces: list[str] = []
+    ids: list[int] = []
+    reason, usage = "", None
     try:
         with Client(address) as client:
-            stream = client.stream(
-                text if raw else None,
-                messages=None if raw else [{"role": "user", "content": text}],
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p or 1.0,
-                top_k=top_k,
-                stop=stop or [],
-                timeout=timeout,
-                **({} if seed is None else {"seed": seed}),
-            )
-            pieces, ids, reason, usage = [], [], "", None
-            for chunk in stream:
+            for chunk in client.stream(text if raw else None, **options):
                 pieces.append(chunk.text)
                 ids.extend(chunk.token_ids)
                 if not as_json:
@@ -113,7 +117,7 @@ def generate(
     if as_json:
         print(
             json.dumps(
-                {"text": "".join(pieces), "token_ids": ids, "finish_reason": reason, "usage": usage._asdict()},
+                {"text": "".join(pieces), "token_ids": ids, "finish_reason": reason, "usage": asdict(usage)},
                 ensure_ascii=False,
             )
         )

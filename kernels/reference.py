@@ -79,8 +79,9 @@ def quantize_pages(keys: Tensor, values: Tensor, *, sink_tokens: int = 0) -> Ten
     """
     if not (keys.isfinite().all() and values.isfinite().all()):
         raise ValueError("K or V is not finite: the block is refused")
-    k = keys.float().unflatten(-2, (-1, PAGE))
-    v = values.float().unflatten(-2, (-1, PAGE)).unflatten(-1, (-1, GROUP))
+    *lead, length, dim = keys.shape
+    k = keys.float().reshape(*lead, length // PAGE, PAGE, dim)
+    v = values.float().reshape(*lead, length // PAGE, PAGE, dim // GROUP, GROUP)
     tokens = torch.arange(keys.shape[-2], device=keys.device).view(-1, PAGE)
     valid = tokens >= sink_tokens
     k_codes, k_scale, k_zero = fit_groups(k.transpose(-1, -2), valid[:, None, :])
@@ -94,7 +95,8 @@ def dequantize_pages(pages: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     ks, kz = unfold(k_scale, k_zero)
     vs, vz = unfold(v_scale, v_zero)
     keys = k_codes.float() * ks.unsqueeze(-2) + kz.unsqueeze(-2)
-    values = v_codes.float().unflatten(-1, (-1, GROUP)) * vs.unsqueeze(-1) + vz.unsqueeze(-1)
+    v = v_codes.float().reshape(*v_codes.shape[:-1], head_dim // GROUP, GROUP)
+    values = v * vs.unsqueeze(-1) + vz.unsqueeze(-1)
     return keys.flatten(-3, -2), values.flatten(-2).flatten(-3, -2)
 
 
@@ -165,7 +167,7 @@ class ReferenceKernels:
         scale: float,
     ) -> Tensor:
         n = query.shape[1]
-        q = query.float().unflatten(0, (keys.shape[0], -1))  # [H, G, n, D]
+        q = query.float().reshape(keys.shape[0], -1, n, query.shape[-1])  # [H, G, n, D]
         causal = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
         parts = [attend(q, keys.float(), values.float(), causal, scale)]
         if prefix.table.numel():

@@ -68,20 +68,21 @@ class MachineCode:
 
 
 def cases(arch: int) -> Iterator[KernelCase]:
-    """The kernels, as launched on models with 8 KV heads: Llama's 4 x 128 and SmolLM's 3 x 64 query heads."""
+    """The kernels as launched for 8 KV heads, shared by 4 query heads of 128 channels or 3 of 64; `packed16`: by 16."""
     for head_dim, group in ((128, 4), (64, 3)):
         heads = dict(HEADS=8, GROUP=group, HEAD_DIM=head_dim)
         tag = f"d{head_dim}"
         pool = dict(words_ptr="*i16", pairs_ptr="*i32", halves_ptr="*fp16", table_ptr="*i32")
         partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32")
-        yield KernelCase(
-            f"packed-{tag}",
-            triton_decode.packed_attention_fwd_kernel,
-            dict(query_ptr="*fp16", **pool, **partial),
-            dict(heads, PADDED=8, BLOCK_PAGES=4, SINKS=4, ASM=True),
-            triton_decode.packed_options(8, arch),
-            32,
-        )
+        for name, members, padded in ((f"packed-{tag}", group, 8), (f"packed16-{tag}", 16, 16)):
+            yield KernelCase(
+                name,
+                triton_decode.packed_attention_fwd_kernel,
+                dict(query_ptr="*fp16", **pool, **partial),
+                dict(heads, GROUP=members, PADDED=padded, BLOCK_PAGES=4, SINKS=4, ASM=True),
+                triton_decode.packed_options(padded, arch),
+                32,
+            )
         slots = dict(slots_ptr="*i32", tail_lens_ptr="*i32")
         yield KernelCase(
             f"tail-{tag}",

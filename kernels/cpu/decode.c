@@ -1,7 +1,7 @@
 /* Paged fused dequant-attention for decode.
  *
  * Codes are multiplied as they are, by vpmaddubsw: scales are folded into the query (K) and into the probabilities (V),
- * which are then split into two 8-bit terms, 14 bits of a query and 16 of a probability in all. Zero points become a
+ * which are then split into two 8-bit terms. Zero points become a
  * bias of the score and a sum of probabilities. K and V never exist in floating point.
  *
  * A context is cut into pieces that depend on its own length alone: first the fp16 tokens (sinks and tail), then
@@ -29,7 +29,7 @@
  * rescaling becomes rare. */
 #define LAZY 8.0f
 #define TINY 1e-30f
-#define Q_LEVELS 16256.0f /* 127 * 128 */
+#define Q_LEVELS 32639.0f /* 127 * 256 + 127 */
 #define P_LEVELS 65280.0f /* 255 * 256 */
 
 /* Strides count elements of their array: bytes for the pool, else fp16 or int32. Pool, sinks and tails point at the layer. */
@@ -87,16 +87,18 @@ INLINE void to_probabilities(const int D, struct state *s, int g, __m256 x[4]) {
 }
 
 /* 32 numbers, x * inverse rounded, as two byte terms. Each pair of bytes is stored twice, to fill the 32 bits that a load
- * can broadcast without a shuffle. Signed: x = 128 high + low, low in 0 .. 127; else x = 256 high + low. */
+ * can broadcast without a shuffle. x = 256 high + low; low is signed as x is. */
 INLINE void store_terms(const __m256 x[4], __m256 inverse, const int is_signed, uint32_t high[16], uint32_t low[16]) {
     __m256i i[4];
     UNROLL for (int k = 0; k < 4; k++) i[k] = _mm256_cvtps_epi32(_mm256_mul_ps(x[k], inverse));
     __m256i terms[2];
     if (is_signed) {
-        const __m256i mask = _mm256_set1_epi16(127);
+        const __m256i half = _mm256_set1_epi16(128);
         __m256i a = _mm256_packs_epi32(i[0], i[1]), b = _mm256_packs_epi32(i[2], i[3]);
-        terms[0] = _mm256_packs_epi16(_mm256_srai_epi16(a, 7), _mm256_srai_epi16(b, 7));
-        terms[1] = _mm256_packs_epi16(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+        terms[0] = _mm256_packs_epi16(_mm256_srai_epi16(_mm256_add_epi16(a, half), 8),
+                                      _mm256_srai_epi16(_mm256_add_epi16(b, half), 8));
+        terms[1] = _mm256_packs_epi16(_mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8),
+                                      _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
     } else {
         const __m256i mask = _mm256_set1_epi16(255);
         __m256i a = _mm256_packus_epi32(i[0], i[1]), b = _mm256_packus_epi32(i[2], i[3]);
@@ -120,9 +122,9 @@ INLINE void accumulate(__m256i *acc, __m256i products) {
     __asm__("vpaddw %1, %0, %0" : "+x"(*acc) : "x"(products));
 }
 
-/* 16 sums weight * high + low, as int32: lanes 0-3, 8-11 and lanes 4-7, 12-15. */
-INLINE void join_terms(__m256i high, __m256i low, int weight, __m256i out[2]) {
-    const __m256i weights = _mm256_set1_epi32(1 << 16 | weight);
+/* 16 sums 256 * high + low, as int32: lanes 0-3, 8-11 and lanes 4-7, 12-15. */
+INLINE void join_terms(__m256i high, __m256i low, __m256i out[2]) {
+    const __m256i weights = _mm256_set1_epi32(1 << 16 | 256);
     out[0] = _mm256_madd_epi16(_mm256_unpacklo_epi16(high, low), weights);
     out[1] = _mm256_madd_epi16(_mm256_unpackhi_epi16(high, low), weights);
 }
@@ -159,7 +161,7 @@ INLINE void fold_queries(const int D, const int GB, const uint8_t *page, const f
 INLINE void page_scores(const int D, const int GB, const uint8_t *page, uint32_t terms[2][HEADS][MAX_HEAD_DIM / 2],
                         const float factor[4], const float bias[4], float scores[HEADS][PAGE]) {
     const int words = D / 8;
-    const int planes = D <= 64 ? 4 : 2; /* planes before a 16-bit sum must be widened: planes * words * 762 < 2^15 */
+    const int planes = D <= 64 ? 4 : 2; /* planes before a 16-bit sum must be widened: planes * words * 2 * 128 * 3 < 2^15 */
     const __m256i field = _mm256_set1_epi8(3);
     for (int half = 0; half < 2; half++) {
         __m256i total[HEADS][2];
@@ -177,7 +179,7 @@ INLINE void page_scores(const int D, const int GB, const uint8_t *page, uint32_t
             }
             UNROLL for (int g = 0; g < GB; g++) {
                 __m256i sums[2];
-                join_terms(acc[g][0], acc[g][1], 128, sums);
+                join_terms(acc[g][0], acc[g][1], sums);
                 UNROLL for (int k = 0; k < 2; k++)
                     total[g][k] = plane ? _mm256_add_epi32(total[g][k], sums[k]) : sums[k];
             }
@@ -279,7 +281,7 @@ INLINE void add_values(const int D, const int GB, const uint8_t *page, const str
             const __m256 f = _mm256_set1_ps(weights->factor[g]);
             float *o = s->out[g] + 16 * j; /* in the order of join_terms until the piece ends */
             __m256i sums[2];
-            join_terms(acc[g][0], acc[g][1], 256, sums);
+            join_terms(acc[g][0], acc[g][1], sums);
             UNROLL for (int k = 0; k < 2; k++)
                 _mm256_store_ps(o + 8 * k, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[k]), f, _mm256_load_ps(o + 8 * k)));
         }

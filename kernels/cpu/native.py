@@ -354,7 +354,7 @@ def _expect(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], in
         )
     strides, expected = x.stride(), 1
     for i in range(1, inner + 1):
-        if strides[-i] != expected and shape[-i] != 1:
+        if strides[-i] != expected and shape[-i] != 1 and x.numel():
             raise ValueError(
                 f"the last {inner} dimensions of {name} must be contiguous: "
                 f"shape {list(shape)}, strides {strides}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.grpc_options import server_options

@@ -5,6 +5,7 @@ import threading
 
 import grpc
 import pytest
+
 from kvferry.deploy import client as client_module
 from kvferry.deploy.client import (
     AsyncClient,
@@ -178,14 +179,14 @@ async def test_unknown_model(served):
 
 
 async def test_nobody_at_the_address():
-    with Client("127.0.0.1:9") as client, pytest.raises(Unavailable, match="No gateway answers at 127.0.0.1:9"):
+    with Client("127.0.0.1:9") as client, pytest.raises(Unavailable, match=r"No gateway answers at 127.0.0.1:9"):
         await in_thread(client.generate, "Hi")
 
 
 async def test_no_workers_is_said_by_the_gateway(lab):
     gateway = await lab.gateway(["127.0.0.1:9"], serving=False)
     async with AsyncClient(gateway.address) as client:
-        with pytest.raises(Unavailable, match="No decode worker is ready: 127.0.0.1:9"):
+        with pytest.raises(Unavailable, match=r"No decode worker is ready: 127.0.0.1:9"):
             await client.generate("Hi")
         assert await client.models() == []
 
@@ -228,7 +229,7 @@ async def test_the_client_checks_the_order_too(indexes):
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with AsyncClient(f"127.0.0.1:{port}") as client:
-        with pytest.raises(ServerError, match="was due|broke off"):
+        with pytest.raises(ServerError, match=r"was due|broke off"):
             await client.generate("Hi")
     await server.stop(None)
 

@@ -3,10 +3,11 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kvferry.deploy.detokenizer import Detokenizer, TokenTexts
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from kvferry.deploy.detokenizer import Detokenizer, TokenTexts
 
 VOCAB_SIZE = 49152
 TEXTS = [

@@ -5,6 +5,7 @@ import grpc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from kvferry.deploy import errors
 from kvferry.deploy.prompt import MAX_CHAT_MESSAGES, PromptEncoder
 from kvferry.proto import inference_pb2
