@@ -105,6 +105,41 @@ def end(index, token_id=EOS, reason="stop", **fields):
     return worker_pb2.TokenChunk(index=index, token_id=token_id, finish_reason=reason, **fields)
 
 
+class Wire:
+    """A TCP relay that can fall silent without closing, as a lost network does."""
+
+    async def start(self, port):
+        self._target_port = port
+        self._flows = asyncio.Event()
+        self._flows.set()
+        self._tasks = set()
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def cut(self):
+        self._flows.clear()
+
+    async def stop(self):
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader, writer):
+        other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+        for source, sink in ((reader, other_writer), (other_reader, writer)):
+            self._tasks.add(asyncio.create_task(self._relay(source, sink)))
+
+    async def _relay(self, source, sink):
+        try:
+            while data := await source.read(65536):
+                await self._flows.wait()
+                sink.write(data)
+                await sink.drain()
+        finally:
+            sink.close()
+
+
 class Lab:
     """Starts stand-in workers and a gateway; the fixture stops them."""
 
@@ -123,6 +158,12 @@ class Lab:
         await worker.start()
         self._stack.push_async_callback(worker.stop)
         return worker
+
+    async def wire(self, port):
+        wire = Wire()
+        await wire.start(port)
+        self._stack.push_async_callback(wire.stop)
+        return wire
 
     def ids(self, text):
         return self.tokenizer.encode(text)
@@ -160,6 +201,7 @@ class Lab:
         return server
 
     async def stub(self, server):
+        """`server` has an address: a gateway, or a wire to one."""
         channel = await self._stack.enter_async_context(grpc.aio.insecure_channel(server.address))
         return inference_pb2_grpc.InferenceStub(channel)
 

@@ -680,6 +680,33 @@ class TestWorkerFailure:
         assert len(worker.requests) == 1
 
 
+class TestSilence:
+    """No connection is closed; only keepalive can notice."""
+
+    async def test_worker_falls_silent(self, lab):
+        worker = await lab.worker([5, 6, HANG])
+        wire = await lab.wire(worker.port)
+        gateway = await lab.gateway([wire.address])
+        call = (await lab.stub(gateway)).Generate(request())
+        await first(call)
+        wire.cut()
+        started = time.monotonic()
+        code, _, _ = await refused(call)
+        assert code == Code.UNAVAILABLE
+        assert time.monotonic() - started < 5
+        assert gateway.problem
+
+    async def test_client_falls_silent(self, lab):
+        worker = await lab.worker([5, HANG])
+        gateway = await lab.gateway([worker])
+        wire = await lab.wire(gateway.port)
+        call = (await lab.stub(wire)).Generate(request())
+        await first(call)
+        wire.cut()
+        await eventually(lambda: worker.num_cancelled == 1, 5)
+        call.cancel()
+
+
 class TestOtherMethods:
     async def test_count_tokens(self, lab):
         gateway = await lab.gateway(["127.0.0.1:9"], serving=False)  # needs no worker

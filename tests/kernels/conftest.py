@@ -72,10 +72,10 @@ class Cache:
         return float(self.layout.head_dim**-0.5)
 
     def query(self, group: int, *lead: int) -> Tensor:
-        """[*lead, Hq, D] with some strong heads."""
+        """[*lead, Hq, D], weak heads and strong ones: scores reach 40."""
         heads = self.layout.num_kv_heads * group
         q = torch.randn(*lead, heads, self.layout.head_dim)
-        return q * torch.linspace(0.2, 4.0, heads)[:, None]
+        return q * torch.linspace(0.2, 2.0, heads)[:, None]
 
     def batch(
         self, tables: list[list[int]], tail_lens: list[int], slots: list[int] | None = None

@@ -1,0 +1,218 @@
+"""Fixtures that need the real product: tiny random-weight models, and a store, workers and gateway on real sockets."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from kvferry.decode.config import DecodeConfig
+from kvferry.deploy.models import find_model, load_tokenizer
+from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
+from kvferry.kernels.spec import KVQuantSpec
+from kvferry.kvstore.config import NodeConfig
+from kvferry.kvstore.memory_backend import MemoryBackend
+from kvferry.kvstore.server import KVStoreServer
+from kvferry.prefill.config import PrefillConfig
+from kvferry.proto import worker_pb2, worker_pb2_grpc
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+BLOCK_SIZE = 32
+VOCAB_SIZE = 49152
+
+# The oracle runs in fp32 with a fixed number of threads, so that it does not depend on the machine's cores.
+torch.set_num_threads(2)
+
+
+def _config(family: str) -> PretrainedConfig:
+    shape: dict[str, Any] = {
+        "hidden_size": 192,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "llama":
+        return LlamaConfig(**shape)
+    if family == "qwen2":
+        return Qwen2Config(**shape)
+    return Qwen3Config(**shape)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model of a family, with random weights (fixed seed) and the demo model's tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(f"tiny-{family}")
+            torch.manual_seed(FAMILIES.index(family))
+            model = AutoModelForCausalLM.from_config(_config(family))
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    torch.nn.init.normal_(parameter, std=0.5)
+            model.save_pretrained(folder)
+            load_tokenizer(find_model("demo")).save_pretrained(folder)
+            made[family] = folder
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load_runtime(tiny_model: Callable[[str], Path]) -> Callable[..., ModelRuntime]:
+    """A freshly loaded runtime of a tiny model: what another worker process would have."""
+
+    def load(family: str = "llama", *, block_size: int = BLOCK_SIZE, **options: Any) -> ModelRuntime:
+        options.setdefault("dtype", "float32")
+        config = ModelConfig(model=str(tiny_model(family)), spec=KVQuantSpec(block_size=block_size), **options)
+        return ModelRuntime(config)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def runtime(load_runtime: Callable[..., ModelRuntime]) -> Callable[[str], ModelRuntime]:
+    """A runtime of a tiny model, shared by the tests of a session."""
+    loaded: dict[str, ModelRuntime] = {}
+
+    def get(family: str = "llama") -> ModelRuntime:
+        if family not in loaded:
+            loaded[family] = load_runtime(family)
+        return loaded[family]
+
+    return get
+
+
+@dataclass
+class Answer:
+    """What a decode worker streamed for one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    chunks: list[worker_pb2.TokenChunk] = field(default_factory=list)
+
+    @property
+    def usage(self) -> worker_pb2.DecodeUsage:
+        return self.chunks[-1].usage
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return self.usage.prefill.num_cached_tokens
+
+
+@dataclass
+class Workers:
+    """A prefill and a decode worker on loopback sockets."""
+
+    prefill_address: str
+    decode_address: str
+    channel: grpc.aio.Channel
+    decode_server: WorkerServer
+
+    async def generate(
+        self, token_ids: list[int], *, max_tokens: int = 8, tenant: str = "default", timeout: float = 60.0, **sampling: Any
+    ) -> Answer:
+        stub = worker_pb2_grpc.DecodeStub(self.channel)
+        request = worker_pb2.DecodeRequest(
+            request_id="test",
+            tenant=tenant,
+            token_ids=token_ids,
+            prefill_address=self.prefill_address,
+            sampling=worker_pb2.SamplingParams(max_tokens=max_tokens, **sampling),
+        )
+        answer = Answer()
+        async for chunk in stub.Generate(request, timeout=timeout):
+            assert chunk.index == len(answer.tokens)
+            answer.tokens.append(chunk.token_id)
+            answer.chunks.append(chunk)
+        return answer
+
+
+@asynccontextmanager
+async def _serve_workers(
+    runtime: ModelRuntime, store_address: str | None, decode_config: DecodeConfig | None = None
+) -> AsyncIterator[Workers]:
+    prefill = WorkerServer(runtime, config=PrefillConfig(), store_address=store_address)
+    decode = WorkerServer(
+        runtime, config=decode_config or DecodeConfig(pool_bytes=32 * 2**20), store_address=store_address
+    )
+    prefill_address, decode_address = await prefill.start(), await decode.start()
+    async with grpc.aio.insecure_channel(decode_address) as channel:
+        try:
+            yield Workers(prefill_address, decode_address, channel, decode)
+        finally:
+            await decode.stop(0.2)
+            await prefill.stop(0.2)
+
+
+@pytest.fixture
+async def serve_workers() -> AsyncIterator[Callable[..., Any]]:
+    """Starts a prefill and a decode worker for a runtime: `await serve_workers(runtime, store_address)`."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            runtime: ModelRuntime, store_address: str | None = None, decode_config: DecodeConfig | None = None
+        ) -> Workers:
+            return await stack.enter_async_context(_serve_workers(runtime, store_address, decode_config))
+
+        yield start
+
+
+@dataclass
+class Store:
+    """A KV store node in this process."""
+
+    address: str
+    backend: MemoryBackend
+
+    async def records(self, keys: list[bytes]) -> list[bytes | None]:
+        return await self.backend.get(keys)
+
+
+@pytest.fixture
+async def make_store() -> AsyncIterator[Callable[..., Any]]:
+    """Starts a KV store node on a loopback socket: `await make_store(capacity_bytes=...)`."""
+    servers: list[KVStoreServer] = []
+
+    async def start(capacity_bytes: int = 2**28) -> Store:
+        backend = MemoryBackend(capacity_bytes=capacity_bytes)
+        server = KVStoreServer(backend, NodeConfig())
+        await server.start()
+        servers.append(server)
+        return Store(server.address, backend)
+
+    yield start
+    for server in servers:
+        await server.stop(0.2)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Token ids that do not repeat in a short period."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, VOCAB_SIZE, (length,), generator=generator).tolist()
+
+
+@pytest.fixture(scope="session")
+def make_prompt() -> Callable[..., list[int]]:
+    return prompt
