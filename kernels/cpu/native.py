@@ -101,10 +101,7 @@ class _ChunkArgs(ctypes.Structure):
     """struct chunk_args of chunk.c."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("query", "out", "keys", "values", "pool", "sinks", "table")
-        ),
+        *((name, ctypes.c_void_p) for name in ("query", "out", "keys", "values", "pool", "sinks", "table")),
         *(
             (name, ctypes.c_int64)
             for name in (
@@ -145,9 +142,7 @@ class NativeKernels:
             function.argtypes = (ctypes.c_void_p,)
             function.restype = ctypes.c_int
 
-    def quantize_block(
-        self, keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor
-    ) -> None:
+    def quantize_block(self, keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor) -> None:
         """See `PackedKernels`. Any strides over heads and tokens; after a ValueError `out` holds garbage."""
         kv_heads, tokens, head_dim = keys.shape
         pages = tokens // PAGE
@@ -172,9 +167,7 @@ class NativeKernels:
         )
         _raise_for(self._quantize(ctypes.byref(args)))
 
-    def decode_attention(
-        self, query: Tensor, batch: DecodeBatch, *, layer: int, scale: float
-    ) -> Tensor:
+    def decode_attention(self, query: Tensor, batch: DecodeBatch, *, layer: int, scale: float) -> Tensor:
         """See `PackedKernels`. Block ids, slots and lengths are checked at each call."""
         rows = _rows(query)
         out = torch.empty_like(rows)
@@ -346,18 +339,16 @@ def _rows(query: Tensor) -> Tensor:
 
 
 def _expect(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], inner: int) -> None:
-    """Raises ValueError unless x is a CPU tensor of this dtype and shape whose `inner` last dimensions are contiguous."""
+    """Refuses x unless it is on the CPU, of this dtype and shape, with its `inner` last dimensions contiguous."""
     if x.dtype != dtype or x.shape != shape or not x.is_cpu:
         raise ValueError(
-            f"{name} must be a CPU tensor {dtype} {list(shape)}, "
-            f"not {x.device.type} {x.dtype} {list(x.shape)}"
+            f"{name} must be a CPU tensor {dtype} {list(shape)}, not {x.device.type} {x.dtype} {list(x.shape)}"
         )
     strides, expected = x.stride(), 1
     for i in range(1, inner + 1):
         if strides[-i] != expected and shape[-i] != 1 and x.numel():
             raise ValueError(
-                f"the last {inner} dimensions of {name} must be contiguous: "
-                f"shape {list(shape)}, strides {strides}"
+                f"the last {inner} dimensions of {name} must be contiguous: shape {list(shape)}, strides {strides}"
             )
         expected *= shape[-i]
 

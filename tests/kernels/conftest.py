@@ -34,16 +34,18 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded_and_serial() -> Iterator[None]:
+    """One thread: these tensors are too small for more, and threads that wait for a busy core take all the time."""
     torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
+def two_threads(seeded_and_serial: None) -> None:
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -77,9 +79,7 @@ class Cache:
         q = torch.randn(*lead, heads, self.layout.head_dim)
         return q * torch.linspace(0.2, 2.0, heads)[:, None]
 
-    def batch(
-        self, tables: list[list[int]], tail_lens: list[int], slots: list[int] | None = None
-    ) -> DecodeBatch:
+    def batch(self, tables: list[list[int]], tail_lens: list[int], slots: list[int] | None = None) -> DecodeBatch:
         """Tables of unequal length; unused entries are block ids outside the pool."""
         width = max(1, *(len(t) for t in tables))
         padded = [t + [2**30] * (width - len(t)) for t in tables]
@@ -95,9 +95,7 @@ class Cache:
         )
 
     def prefix(self, table: list[int], slot: int = 0) -> PackedPrefix:
-        return PackedPrefix(
-            pool=self.pool, table=torch.tensor(table, dtype=torch.int32), sinks=self.sinks[slot]
-        )
+        return PackedPrefix(pool=self.pool, table=torch.tensor(table, dtype=torch.int32), sinks=self.sinks[slot])
 
 
 CacheFactory = Callable[..., Cache]
@@ -117,9 +115,7 @@ def make_cache() -> CacheFactory:
         unused: tuple[int, ...] = (),
     ) -> Cache:
         spec = KVQuantSpec(block_size=block_size, sink_tokens=sink_tokens)
-        layout = BlockLayout(
-            num_layers=layers, num_kv_heads=kv_heads, head_dim=head_dim, spec=spec
-        )
+        layout = BlockLayout(num_layers=layers, num_kv_heads=kv_heads, head_dim=head_dim, spec=spec)
         shape = (blocks, layers, kv_heads, block_size, head_dim)
         channels = torch.rand(head_dim).mul(2).exp()  # outlier channels, as keys have
         pool = quantize_pages((torch.randn(shape) * channels).half(), torch.randn(shape).half())

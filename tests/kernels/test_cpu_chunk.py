@@ -77,14 +77,10 @@ def test_strides(native: NativeKernels, make_cache: MakeCache) -> None:
     n = 21
     query, (k, v) = cache.query(2, n).transpose(0, 1), own_kv(cache, n)
     prefix = cache.prefix([4])
-    expected = native.chunk_attention(
-        query.contiguous(), k, v, prefix, layer=0, scale=cache.scale
-    )
+    expected = native.chunk_attention(query.contiguous(), k, v, prefix, layer=0, scale=cache.scale)
     k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v))
     assert not query.is_contiguous() and not k.is_contiguous()
-    assert torch.equal(
-        native.chunk_attention(query, k, v, prefix, layer=0, scale=cache.scale), expected
-    )
+    assert torch.equal(native.chunk_attention(query, k, v, prefix, layer=0, scale=cache.scale), expected)
     rounded = query.bfloat16()
     out = native.chunk_attention(rounded, k, v, prefix, layer=0, scale=cache.scale)
     exact = native.chunk_attention(rounded.float(), k, v, prefix, layer=0, scale=cache.scale)
@@ -119,12 +115,8 @@ def test_a_row_has_the_same_bits_in_any_company(native: NativeKernels, make_cach
     places = torch.randperm(8)
     pool = torch.empty_like(cache.pool)
     pool[places] = cache.pool
-    moved = dataclasses.replace(
-        prefix, pool=pool, table=places[prefix.table.long()].to(torch.int32)
-    )
-    assert torch.equal(
-        native.chunk_attention(query, k, v, moved, layer=1, scale=cache.scale), whole
-    )
+    moved = dataclasses.replace(prefix, pool=pool, table=places[prefix.table.long()].to(torch.int32))
+    assert torch.equal(native.chunk_attention(query, k, v, moved, layer=1, scale=cache.scale), whole)
 
 
 def test_later_tokens_are_invisible(native: NativeKernels, make_cache: MakeCache) -> None:
@@ -149,17 +141,13 @@ def test_nan_in_the_query_is_not_hidden(native: NativeKernels, make_cache: MakeC
     assert torch.equal(out, clean)
 
 
-def test_agrees_with_decode(
-    native: NativeKernels, make_cache: MakeCache, assert_close: Check
-) -> None:
+def test_agrees_with_decode(native: NativeKernels, make_cache: MakeCache, assert_close: Check) -> None:
     """The first decoded token after a prefill continues it."""
     cache = make_cache()
     n = 30
     query = cache.query(3, n).transpose(0, 1)
     k, v = cache.tails[2, 0, 0, :, :n], cache.tails[2, 0, 1, :, :n]
-    rows = native.chunk_attention(
-        query, k, v, cache.prefix([4, 1], slot=2), layer=0, scale=cache.scale
-    )
+    rows = native.chunk_attention(query, k, v, cache.prefix([4, 1], slot=2), layer=0, scale=cache.scale)
     batch = cache.batch([[4, 1]], [n], slots=[2])
     step = native.decode_attention(query[:, -1][None], batch, layer=0, scale=cache.scale)
     assert_close("last row", rows[:, -1], step[0], 1e-3)

@@ -36,9 +36,7 @@ def test_decode_attention(
             assert_close(f"layer {layer} row {row}", expected[row], actual[row], RATIO)
 
 
-@pytest.mark.parametrize(
-    ("block_size", "sink_tokens", "kv_heads"), [(32, 0, 1), (32, 16, 3), (96, 1, 5), (1024, 4, 1)]
-)
+@pytest.mark.parametrize(("block_size", "sink_tokens", "kv_heads"), [(32, 0, 1), (32, 16, 3), (96, 1, 5), (1024, 4, 1)])
 def test_odd_shapes(
     native: NativeKernels,
     make_cache: MakeCache,
@@ -47,9 +45,7 @@ def test_odd_shapes(
     sink_tokens: int,
     kv_heads: int,
 ) -> None:
-    cache = make_cache(
-        head_dim=64, kv_heads=kv_heads, block_size=block_size, sink_tokens=sink_tokens, blocks=20
-    )
+    cache = make_cache(head_dim=64, kv_heads=kv_heads, block_size=block_size, sink_tokens=sink_tokens, blocks=20)
     tables = [[19, 3], list(range(18)), [11]]
     batch = cache.batch(tables, [block_size, 1, block_size // 2 + 1])
     query = cache.query(3, 3)
@@ -61,9 +57,7 @@ def test_odd_shapes(
 def test_one_token_context(native: NativeKernels, make_cache: MakeCache, assert_close: Check) -> None:
     """Attention over one token is its V."""
     cache = make_cache()
-    out = native.decode_attention(
-        cache.query(3, 1), cache.batch([[]], [1]), layer=0, scale=cache.scale
-    )
+    out = native.decode_attention(cache.query(3, 1), cache.batch([[]], [1]), layer=0, scale=cache.scale)
     values = cache.tails[0, 0, 1, :, 0].float().repeat_interleave(3, dim=0)
     assert_close("out", values[None], out, 1e-6)
 
@@ -75,14 +69,10 @@ def test_long_context(native: NativeKernels, make_cache: MakeCache, assert_close
     batch = cache.batch([table], [100])
     query = cache.query(4, 1)
     expected = reference.decode_attention(query, batch, layer=0, scale=cache.scale)
-    assert_close(
-        "out", expected, native.decode_attention(query, batch, layer=0, scale=cache.scale), RATIO
-    )
+    assert_close("out", expected, native.decode_attention(query, batch, layer=0, scale=cache.scale), RATIO)
 
 
-@pytest.mark.parametrize(
-    ("strength", "ratio"), [(0.0, 1e-4), (1e-4, 1e-4), (1.0, RATIO), (30.0, 5e-3), (300.0, 5e-2)]
-)
+@pytest.mark.parametrize(("strength", "ratio"), [(0.0, 1e-4), (1e-4, 1e-4), (1.0, RATIO), (30.0, 5e-3), (300.0, 5e-2)])
 def test_flat_and_sharp_softmax(
     native: NativeKernels, make_cache: MakeCache, assert_close: Check, strength: float, ratio: float
 ) -> None:
@@ -100,9 +90,7 @@ def test_flat_and_sharp_softmax(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_query_dtype(
-    native: NativeKernels, make_cache: MakeCache, assert_close: Check, dtype: torch.dtype
-) -> None:
+def test_query_dtype(native: NativeKernels, make_cache: MakeCache, assert_close: Check, dtype: torch.dtype) -> None:
     cache = make_cache()
     batch, query = cache.batch([[1, 2]], [5]), cache.query(2, 1).to(dtype)
     expected = native.decode_attention(query.float(), batch, layer=0, scale=cache.scale).to(dtype)
@@ -156,9 +144,7 @@ def test_pool_and_sink_views(native: NativeKernels, make_cache: MakeCache) -> No
     assert torch.equal(native.decode_attention(query, view, layer=1, scale=cache.scale), expected)
 
 
-def test_tensors_of_a_batch_may_change_between_calls(
-    native: NativeKernels, make_cache: MakeCache
-) -> None:
+def test_tensors_of_a_batch_may_change_between_calls(native: NativeKernels, make_cache: MakeCache) -> None:
     cache = make_cache()
     query, batch = cache.query(2, 1), cache.batch([[3, 6]], [9])
     native.decode_attention(query, batch, layer=0, scale=cache.scale)

@@ -20,18 +20,12 @@ def quantize(native: NativeKernels, k: Tensor, v: Tensor, sink_tokens: int = 0) 
 
 def random_kv(heads: int, tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
     channels = torch.rand(head_dim).mul(3).exp()
-    return (torch.randn(heads, tokens, head_dim) * channels).half(), torch.randn(
-        heads, tokens, head_dim
-    ).half()
+    return (torch.randn(heads, tokens, head_dim) * channels).half(), torch.randn(heads, tokens, head_dim).half()
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
-@pytest.mark.parametrize(
-    ("heads", "tokens", "sink_tokens"), [(1, 32, 0), (3, 128, 4), (5, 96, 16), (8, 1024, 1)]
-)
-def test_quantize_block(
-    native: NativeKernels, head_dim: int, heads: int, tokens: int, sink_tokens: int
-) -> None:
+@pytest.mark.parametrize(("heads", "tokens", "sink_tokens"), [(1, 32, 0), (3, 128, 4), (5, 96, 16), (8, 1024, 1)])
+def test_quantize_block(native: NativeKernels, head_dim: int, heads: int, tokens: int, sink_tokens: int) -> None:
     k, v = random_kv(heads, tokens, head_dim)
     pages = quantize(native, k, v, sink_tokens)
     reference = quantize_pages(k, v, sink_tokens=sink_tokens)
@@ -44,9 +38,7 @@ def test_quantize_block(
             # One fp16 step for almost all; sums in another order turn a rare tie of codes, and with it a fit.
             off = (a.float() - b.float()).abs() > b.float().abs() * 2**-10 + 2**-14
             assert off.float().mean() <= 2e-3, name
-    for x, a, b in zip(
-        (k, v), dequantize_pages(pages, head_dim), dequantize_pages(reference, head_dim), strict=True
-    ):
+    for x, a, b in zip((k, v), dequantize_pages(pages, head_dim), dequantize_pages(reference, head_dim), strict=True):
         x, a, b = (y.float()[:, sink_tokens:] for y in (x, a, b))
         assert (a - x).square().mean() <= 1.0001 * (b - x).square().mean()
 
@@ -84,9 +76,7 @@ def test_tiny_values(native: NativeKernels) -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["keys", "values"])
 @pytest.mark.parametrize("token", [0, 127])
-def test_not_finite_is_refused(
-    native: NativeKernels, bad: float, where: str, token: int
-) -> None:
+def test_not_finite_is_refused(native: NativeKernels, bad: float, where: str, token: int) -> None:
     """A sink (token 0) counts too: it goes to the store as well."""
     k, v = random_kv(2, 128, 64)
     (k if where == "keys" else v)[1, token, 63] = bad

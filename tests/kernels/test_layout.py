@@ -154,9 +154,7 @@ def test_head_dim_outside_the_layout_is_refused(head_dim: int) -> None:
         BlockLayout(num_layers=1, num_kv_heads=1, head_dim=head_dim, spec=KVQuantSpec())
 
 
-@pytest.mark.parametrize(
-    "options", [{"bits": 4}, {"group_size": 64}, {"block_size": 40}, {"sink_tokens": 17}], ids=str
-)
+@pytest.mark.parametrize("options", [{"bits": 4}, {"group_size": 64}, {"block_size": 40}, {"sink_tokens": 17}], ids=str)
 def test_spec_outside_this_release_is_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError):
         KVQuantSpec(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -112,9 +113,7 @@ def test_merge_of_parts_is_the_whole() -> None:
     every = torch.ones(40, dtype=torch.bool)
     whole, _ = attend(q, k, v, every, 0.2)
     cuts = (0, 1, 17, 40)
-    parts = [
-        attend(q, k[:, a:b], v[:, a:b], every[a:b], 0.2) for a, b in zip(cuts, cuts[1:], strict=False)
-    ]
+    parts = [attend(q, k[:, a:b], v[:, a:b], every[a:b], 0.2) for a, b in itertools.pairwise(cuts)]
     assert torch.allclose(merge(parts), whole, atol=1e-6)
 
 
@@ -142,9 +141,7 @@ def test_decode_is_attention_on_the_dequantized_context(
         values += [sinks[:, 1], v[:, 4:]]
     tail = cache.tails[0, 1, :, :, :37].float()
     k, v = torch.cat([*keys, tail[0]], dim=1), torch.cat([*values, tail[1]], dim=1)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query.view(2, group, 32), k, v, scale=cache.scale
-    )
+    expected = torch.nn.functional.scaled_dot_product_attention(query.view(2, group, 32), k, v, scale=cache.scale)
     actual = kernels.decode_attention(query, batch, layer=1, scale=cache.scale)
     assert torch.allclose(actual.view_as(expected), expected, atol=1e-5)
 
@@ -156,9 +153,7 @@ def test_chunk_agrees_with_decode(make_cache: Callable[..., object]) -> None:
     query = cache.query(group, n).transpose(0, 1)  # [Hq, n, D]
     keys, values = cache.tails[2, 0, 0, :, :n], cache.tails[2, 0, 1, :, :n]
     for table in ([], [4, 1]):
-        rows = kernels.chunk_attention(
-            query, keys, values, cache.prefix(table, slot=2), layer=0, scale=cache.scale
-        )
+        rows = kernels.chunk_attention(query, keys, values, cache.prefix(table, slot=2), layer=0, scale=cache.scale)
         for i in (0, 4, 8):
             batch = cache.batch([table], [i + 1], slots=[2])
             step = kernels.decode_attention(query[:, i][None], batch, layer=0, scale=cache.scale)
