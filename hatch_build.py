@@ -95,7 +95,8 @@ def compile_library(root: Path) -> Path:
     library = root / LIBRARY
     if library.exists() and f"kvferry-build:{build_id}".encode() in library.read_bytes():
         return library
-    # Beside its final place, so that the rename is atomic and a running process keeps the old file.
+    library.unlink(missing_ok=True)  # better none than one that native.py does not match
+    # Beside its final place, so that the rename is atomic.
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
         fresh = Path(folder) / library.name
         define = f'-DKVFERRY_BUILD_ID="{build_id}"'

@@ -14,6 +14,8 @@ class DecodeConfig:
     """Memory of the block pool."""
     max_num_seqs: int = 16
     """Sequences decoded at once; each has an fp16 tail of one block."""
+    prefix_caching: bool = True
+    """Keep the blocks of finished prompts in the pool while there is room; off, each request fetches all blocks."""
     max_waiting: int = 128
     """Requests that may wait for room; more are shed with RESOURCE_EXHAUSTED."""
     fetch_timeout_s: float = 30.0

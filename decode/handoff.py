@@ -6,8 +6,11 @@ import asyncio
 from types import TracebackType
 from typing import Any, Self
 
+import grpc
+
 from kvferry.decode.fetch import BlockFetcher
-from kvferry.decode.prefill_stream import PrefillStream
+from kvferry.decode.prefill_stream import PrefillFailed, PrefillStream
+from kvferry.kvstore.errors import KVStoreError
 from kvferry.proto import worker_pb2
 
 
@@ -52,11 +55,12 @@ class HandoffReceiver:
         return self._tail.result()
 
     async def finished(self, timeout_s: float) -> worker_pb2.PrefillUsage:
-        """Prefill's account of the request; empty when it is still publishing after `timeout_s`."""
+        """Prefill's account of the request; empty when it is still publishing after `timeout_s`, or gone: the
+        answer is complete and must not fail for want of an account."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._until(self._finished)
-        except TimeoutError:
+        except (TimeoutError, PrefillFailed):
             return worker_pb2.PrefillUsage()
         return self._finished.result()
 
@@ -69,6 +73,13 @@ class HandoffReceiver:
                 if task.done():
                     task.result()
 
+    def _receive(self, frame: worker_pb2.BlockFrame) -> None:
+        try:
+            self._fetcher.receive(frame.index, frame.record_bytes, frame.chunk)
+        except KVStoreError as error:
+            message = f"the prefill worker sent a damaged block: {error}"
+            raise PrefillFailed(grpc.StatusCode.UNAVAILABLE, message) from error
+
     async def _read(self) -> None:
         tail, tail_bytes = bytearray(), -1
         async for event in self._stream.events():
@@ -77,8 +88,7 @@ class HandoffReceiver:
                     ready = event.block_ready
                     self._fetcher.announce(ready.index, in_store=ready.in_store)
                 case "block":
-                    frame = event.block
-                    self._fetcher.receive(frame.index, frame.record_bytes, frame.chunk)
+                    self._receive(event.block)
                 case "handoff":
                     tail_bytes = event.handoff.tail_bytes
                     self._first.set_result(event.handoff.first_token)

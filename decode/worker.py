@@ -129,7 +129,8 @@ class DecodeWorker:
         stream: PrefillStream,
     ) -> BlockFetcher:
         def loaded(index: int) -> None:
-            self._pool.publish(reservation.block_ids[index], keys[index])
+            if self._config.prefix_caching:
+                self._pool.publish(reservation.block_ids[index], keys[index])
             if index == 0:
                 self._cache.use_sinks(reservation.slot, reservation.block_ids[0])
 

@@ -108,6 +108,7 @@ class GatewayActor:
 def model_config(settings: Settings) -> ModelConfig:
     return ModelConfig(
         model=settings.model,
+        served_name=settings.served_model_name,
         spec=KVQuantSpec(block_size=settings.block_size, sink_tokens=settings.sink_tokens),
         device=settings.device,
         dtype=settings.dtype,
@@ -219,6 +220,7 @@ class Deployment:
                 port=settings.decode.port and settings.decode.port + i,
                 pool_bytes=settings.decode.kv_memory,
                 max_num_seqs=settings.decode.max_num_seqs,
+                prefix_caching=settings.decode.prefix_caching,
             )
             for i in range(settings.decode.count)
         ]

@@ -143,7 +143,7 @@ def demo(
         gateway={"port": 0},
         store={"port": 0},
         prefill={"port": 0},
-        decode={"port": 0},
+        decode={"port": 0, "prefix_caching": False},  # so that every request's blocks really cross
     )
     try:
         identical = run_demo(settings, document=document, json_path=json_path, max_tokens=max_tokens)

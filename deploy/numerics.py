@@ -20,15 +20,16 @@ from kvferry.prefill.engine import PrefillEngine, PrefillJob
 PROBE_TIMEOUT_S = 300.0
 
 
-def numerics_class(loaded: LoadedModel, engine: PrefillEngine, *, kernels_name: str, dtype: torch.dtype) -> bytes:
+def numerics_class(loaded: LoadedModel, engine: PrefillEngine, *, kernels_name: str, rows_invariant: bool) -> bytes:
     """SHA-256 over declared facts and the probe. 32 bytes. Runs a short prefill."""
     device = loaded.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts = [
         "kvferry-numerics",
         f"kernels={kernels_name}",
-        f"dtype={dtype}",
+        f"dtype={loaded.model.dtype}",
         f"device={where}",
+        f"rows-invariant={rows_invariant}",
         f"torch={torch.__version__}",
         f"transformers={transformers.__version__}",
         f"probe={probe(engine, loaded.model.vocab_size).hex()}",

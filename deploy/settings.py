@@ -73,6 +73,8 @@ class DecodeSettings(_Section):
     count: int = Field(1, ge=1, le=64)
     kv_memory: Bytes = 512 * 2**20
     max_num_seqs: int = Field(16, gt=0, le=1024)
+    prefix_caching: bool = True
+    """Keep the blocks of finished prompts in the pool while there is room."""
 
 
 class Settings(BaseSettings):

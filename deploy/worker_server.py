@@ -39,6 +39,8 @@ class ModelConfig:
     """What to load and how to run it; the same for every worker of a deployment."""
 
     model: str
+    served_name: str | None = None
+    """What clients call the model; None: the name of where it was loaded from."""
     spec: KVQuantSpec = field(default_factory=KVQuantSpec)
     device: str = "auto"
     dtype: str = "auto"
@@ -58,6 +60,7 @@ class ModelRuntime:
             torch.set_num_threads(config.threads)
         device = _device(config.device)
         source = find_model(config.model)
+        self._served_name = config.served_name or source.name
         dtype = _dtype(config.dtype, device)
         self.loaded: LoadedModel = load_model(source, device=device, dtype=dtype)
         model = self.loaded.model
@@ -71,13 +74,14 @@ class ModelRuntime:
         logger.info("%s", self.selection.reason)
         self.engine = PrefillEngine(model, self.selection.kernels, self.layout, device)
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
-        self.identity = self._identity()
-        if not rows_are_invariant(model, model.hidden_size, device, model.dtype):
+        invariant = rows_are_invariant(model, model.hidden_size, device, model.dtype)
+        self.identity = self._identity(invariant)
+        if not invariant:
             logger.warning(
                 "on this machine a matmul's rows depend on the batch: a request's tokens may differ with its company"
             )
 
-    def _identity(self) -> worker_pb2.ModelIdentity:
+    def _identity(self, rows_invariant: bool) -> worker_pb2.ModelIdentity:
         return worker_pb2.ModelIdentity(
             weights_digest=self.loaded.weights_digest,
             tokenizer_digest=tokenizer_digest(load_tokenizer(self.loaded.source)),
@@ -87,13 +91,13 @@ class ModelRuntime:
                 self.loaded,
                 self.engine,
                 kernels_name=self.selection.kernels.name,
-                dtype=self.loaded.model.dtype,
+                rows_invariant=rows_invariant,
             ),
         )
 
     def info(self, *, role: str, pool_blocks: int = 0) -> worker_pb2.WorkerInfo:
         return worker_pb2.WorkerInfo(
-            model_name=self.loaded.source.name,
+            model_name=self._served_name,
             model_path=self.loaded.source.path,
             roles=[role],
             identity=self.identity,

@@ -55,7 +55,7 @@ class ModelIdentity(_message.Message):
     """the quantization spec"""
     layout_version: _builtins.int
     numerics_class: _builtins.bytes
-    """kernels, dtype, thread rules and a probe of what this worker computes"""
+    """kernels, dtype, device, versions and a probe of what this worker computes"""
     def __init__(
         self,
         *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from support.processes import NodeProcess, RedisProcess
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -131,7 +132,13 @@ class Workers:
     decode_server: WorkerServer
 
     async def generate(
-        self, token_ids: list[int], *, max_tokens: int = 8, tenant: str = "default", timeout: float = 60.0, **sampling: Any
+        self,
+        token_ids: list[int],
+        *,
+        max_tokens: int = 8,
+        tenant: str = "default",
+        timeout: float = 60.0,
+        **sampling: Any,
     ) -> Answer:
         stub = worker_pb2_grpc.DecodeStub(self.channel)
         request = worker_pb2.DecodeRequest(
@@ -216,3 +223,36 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 @pytest.fixture(scope="session")
 def make_prompt() -> Callable[..., list[int]]:
     return prompt
+
+
+@pytest.fixture
+def start_node(tmp_path: Path) -> Iterator[Callable[..., NodeProcess]]:
+    started: list[NodeProcess] = []
+
+    def start(*arguments: str) -> NodeProcess:
+        started.append(NodeProcess(tmp_path / f"node-{len(started)}.log", *arguments))
+        return started[-1]
+
+    yield start
+    for node in started:
+        node.kill()
+
+
+@pytest.fixture
+def start_redis(tmp_path: Path) -> Iterator[Callable[..., RedisProcess]]:
+    started: list[RedisProcess] = []
+
+    def start(*arguments: str, port: int = 0) -> RedisProcess:
+        started.append(RedisProcess(tmp_path, *arguments, port=port))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    process = RedisProcess(tmp_path_factory.mktemp("redis"))
+    yield process
+    process.kill()

@@ -277,6 +277,8 @@ static void chunk_item(void *context, int64_t item) {
     attend[call->args->head_dim / 32 - 1](call, head, tile * call->tile_rows);
 }
 
+EXPORT const int kvferry_chunk_args_size = sizeof(struct chunk_args); /* native.py compares */
+
 EXPORT int kvferry_chunk(const struct chunk_args *a) {
     if (a->head_dim % 32 || a->head_dim < 32 || a->head_dim > MAX_HEAD_DIM) return STATUS_HEAD_DIM;
     for (int64_t i = 0; i < a->num_blocks; i++)

@@ -498,6 +498,8 @@ static int check(const struct decode_args *a) {
     return STATUS_OK;
 }
 
+EXPORT const int kvferry_decode_args_size = sizeof(struct decode_args); /* native.py compares */
+
 EXPORT int kvferry_decode(const struct decode_args *a) {
     const int status = check(a);
     if (status || !a->batch) return status;

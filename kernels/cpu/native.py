@@ -128,6 +128,9 @@ class _ChunkArgs(ctypes.Structure):
     )
 
 
+_ARGS = {"quantize": _QuantizeArgs, "decode": _DecodeArgs, "chunk": _ChunkArgs}
+
+
 class NativeKernels:
     """`PackedKernels` for CPUs with AVX2, FMA and F16C. Made by `load`."""
 
@@ -310,6 +313,10 @@ def _library() -> ctypes.CDLL:
         raise NativeUnavailable(f"{LIBRARY} does not load: {error}") from error
     if not library.kvferry_cpu_supported():
         raise NativeUnavailable("this CPU lacks AVX2, FMA or F16C")
+    for name, args in _ARGS.items():
+        size = ctypes.c_int.in_dll(library, f"kvferry_{name}_args_size").value
+        if size != ctypes.sizeof(args):
+            raise NativeUnavailable(f"{LIBRARY} was compiled from other sources: install kvferry again")
     library.kvferry_set_parallel.argtypes = (ctypes.c_void_p,)
     library.kvferry_set_parallel.restype = None
     library.kvferry_set_parallel(_openmp_entry())

