@@ -33,11 +33,17 @@ class Admission:
 
     def __init__(self, pool: BlockPool, *, num_slots: int, max_waiting: int) -> None:
         self.pool = pool
+        self._num_slots = num_slots
         self._slots = list(range(num_slots))
         self._max_waiting = max_waiting
         self._turn = asyncio.Lock()  # fair: waiters get it in the order in which they came
         self._freed = asyncio.Event()
         self.num_waiting = 0
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that hold room or wait for it."""
+        return self.num_waiting + self._num_slots - len(self._slots)
 
     @asynccontextmanager
     async def reserve(self, num_blocks: int, keys: list[bytes]) -> AsyncIterator[Reservation]:

@@ -135,6 +135,8 @@ class WorkerServer:
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._decode: tuple[DecodeEngine, DecodeServicer] | None = None
+        self.decode_worker: DecodeWorker | None = None
+        """The worker behind the Decode service, when this is its role and it has started."""
 
     async def start(self) -> str:
         """Binds, serves and returns host:port. Raises OSError when it cannot bind."""
@@ -191,7 +193,7 @@ class WorkerServer:
             device=runtime.loaded.device,
         )
         engine = DecodeEngine(runtime.loaded.model, runtime.selection.kernels, cache)
-        worker = DecodeWorker(engine=engine, cache=cache, store=self._store, config=config)
+        self.decode_worker = worker = DecodeWorker(engine=engine, cache=cache, store=self._store, config=config)
         info = runtime.info(role="decode", pool_blocks=num_blocks)
         servicer = DecodeServicer(worker=worker, info=info, config=config)
         worker_pb2_grpc.add_DecodeServicer_to_server(servicer, server)

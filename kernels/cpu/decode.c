@@ -486,7 +486,7 @@ static void decode_item(void *context, int64_t item) {
 
 static int check(const struct decode_args *a) {
     if (a->head_dim % 32 || a->head_dim < 32 || a->head_dim > MAX_HEAD_DIM) return STATUS_HEAD_DIM;
-    if (a->block_size + a->sink_tokens > MAX_HALF_TOKENS) return STATUS_LENGTH;
+    if (a->block_size + a->sink_tokens > MAX_HALF_TOKENS || a->sink_tokens >= PAGE) return STATUS_LENGTH;
     for (int64_t b = 0; b < a->batch; b++) {
         if (a->slots[b] < 0 || a->slots[b] >= a->num_slots) return STATUS_SLOT;
         if (a->tail_lens[b] < 1 || a->tail_lens[b] > a->block_size) return STATUS_LENGTH;

@@ -22,7 +22,7 @@ _MESSAGES = {
     2: f"head_dim is not supported: it must be one of {HEAD_DIMS}",
     3: "a block id is outside the pool",
     4: "a slot is outside sinks and tails",
-    5: "num_blocks or tail_lens is outside its bounds",
+    5: "num_blocks, tail_lens, block_size or sink_tokens is outside its bounds",
 }
 _OUT_OF_MEMORY = 6
 
