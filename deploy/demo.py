@@ -18,8 +18,8 @@ from kvferry.deploy.settings import Settings
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import ClientConfig
 
-FIRST_QUESTION = "In one sentence: what does the text above say that happens when the KV store is lost?"
-OTHER_QUESTION = "In one sentence: what does the text above say that a page is?"
+FIRST_QUESTION = "How many tokens does a page hold?"
+OTHER_QUESTION = "Which port does the gateway use?"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DemoRequest:
 
 def run_demo(settings: Settings, *, document: Path | None, json_path: Path | None, max_tokens: int) -> bool:
     """Runs the demo and prints its table; True when the repeated requests gave the first one's tokens."""
-    console = Console()
+    console = Console(width=max(100, Console().width))
     text = document.read_text() if document else (files("kvferry.deploy") / "handbook.md").read_text()
     console.print("Starting store, prefill worker, decode worker and gateway under a local Ray ...")
     started = time.monotonic()
@@ -54,13 +54,13 @@ def run_demo(settings: Settings, *, document: Path | None, json_path: Path | Non
             return _ask(client, console, name, f"{text}\n\n{question}", max_tokens)
 
         requests = [
-            ask("first request", FIRST_QUESTION),
-            ask("(1) same document, other question", OTHER_QUESTION),
-            ask("(2) first request again", FIRST_QUESTION),
+            ask("(0) first request", FIRST_QUESTION),
+            ask("(1) other question", OTHER_QUESTION),
+            ask("(2) first again", FIRST_QUESTION),
         ]
         wiped = asyncio.run(_wipe(deployment.store_address))
         console.print(f"\n[bold]The store is wiped[/bold]: {wiped} blocks deleted.")
-        requests.append(ask("(3) first request, store wiped", FIRST_QUESTION))
+        requests.append(ask("(3) first, wiped", FIRST_QUESTION))
     first, _, again, after_wipe = requests
     identical = first.output_token_ids == again.output_token_ids == after_wipe.output_token_ids
     _print_table(console, requests, model.id, model.effective_bits, model.kernels, identical)

@@ -58,7 +58,10 @@ def fit_groups(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = _nearest_codes(x, *unfold(folded_scale, folded_zero))
     any_valid = valid.any(-1, keepdim=True)
     codes = (codes * valid).to(torch.uint8)
-    return codes, (folded_scale * any_valid).squeeze(-1), (folded_zero * any_valid).squeeze(-1)
+    nothing = torch.zeros_like(folded_scale)  # not a product with 0: that would leave -0.0 behind
+    folded_scale = torch.where(any_valid, folded_scale, nothing)
+    folded_zero = torch.where(any_valid, folded_zero, nothing)
+    return codes, folded_scale.squeeze(-1), folded_zero.squeeze(-1)
 
 
 def unfold(folded_scale: Tensor, folded_zero: Tensor) -> tuple[Tensor, Tensor]:

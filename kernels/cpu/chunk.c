@@ -1,9 +1,9 @@
 /* Attention of a prefill chunk: fp16 sinks, packed prefix, then the chunk's own fp16 K and V, causal.
  *
- * A work item is a tile of query rows of one KV head. It walks the context 32 tokens at a time: a packed page is unpacked
- * into an fp32 scratch that stays in the L1 cache and is forgotten after its use; no copy of the prefix exists. Rows are
- * (position, query head of the group), so that a tile spans few positions, and go through the arithmetic in sets of ROWS.
- * A row's arithmetic does not depend on the other rows, on the number of rows or on the thread. */
+ * A work item is a tile of query rows of one KV head. It walks the context 32 tokens at a time: a packed page is
+ * unpacked into an fp32 scratch that stays in L1 and is forgotten after its use: no copy of the prefix exists.
+ * Rows are (position, query head of the group), so that a tile spans few positions, and go through the arithmetic in
+ * sets of ROWS. A row's arithmetic does not depend on the other rows, on the number of rows or on the thread. */
 #include <math.h>
 #include <string.h>
 
@@ -248,9 +248,9 @@ INLINE void attend_chunk(const int D, const struct chunk_call *call, int64_t hea
     const int last = tile.position[tile.rows - 1];
     for (int origin = 0; origin <= last; origin += PAGE) {
         const int count = a->tokens - origin < PAGE ? (int)(a->tokens - origin) : PAGE;
-        load_half(D, a->keys + head * a->key_head_stride + origin * a->key_token_stride, a->key_token_stride,
-                  a->values + head * a->value_head_stride + origin * a->value_token_stride, a->value_token_stride, count,
-                  &tile);
+        const uint16_t *keys = a->keys + head * a->key_head_stride + origin * a->key_token_stride;
+        const uint16_t *values = a->values + head * a->value_head_stride + origin * a->value_token_stride;
+        load_half(D, keys, a->key_token_stride, values, a->value_token_stride, count, &tile);
         attend_tokens(D, &tile, 0, count, 1, origin);
     }
 

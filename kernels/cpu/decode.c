@@ -25,14 +25,15 @@
 #define MAX_HALF_TOKENS (1024 + 16)
 #define LOG2E 1.44269504f
 #define LEAST_SCORE (-1e30f) /* below every score, and finite: a difference of two is not NaN */
-/* The running maximum follows only when a score exceeds it by this much (as a power of 2): probabilities grow to 256 and
- * rescaling becomes rare. */
+/* The running maximum follows only when a score exceeds it by this much (as a power of 2): probabilities grow to 256
+ * and rescaling becomes rare. */
 #define LAZY 8.0f
 #define TINY 1e-30f
 #define Q_LEVELS 32639.0f /* 127 * 256 + 127 */
 #define P_LEVELS 65280.0f /* 255 * 256 */
 
-/* Strides count elements of their array: bytes for the pool, else fp16 or int32. Pool, sinks and tails point at the layer. */
+/* Strides count elements of their array: bytes for the pool, else fp16 or int32. Pool, sinks and tails point at the
+ * layer. */
 struct decode_args {
     const float *query; /* [B, Hq, D] */
     float *out;         /* [B, Hq, D] */
@@ -86,8 +87,8 @@ INLINE void to_probabilities(const int D, struct state *s, int g, __m256 x[4]) {
     s->sum[g] = _mm256_add_ps(s->sum[g], _mm256_add_ps(_mm256_add_ps(x[0], x[1]), _mm256_add_ps(x[2], x[3])));
 }
 
-/* 32 numbers, x * inverse rounded, as two byte terms. Each pair of bytes is stored twice, to fill the 32 bits that a load
- * can broadcast without a shuffle. x = 256 high + low; low is signed as x is. */
+/* 32 numbers, x * inverse rounded, as two byte terms: 256 high + low, where low is signed as x is. Each pair of bytes
+ * is stored twice, to fill the 32 bits that a load can broadcast without a shuffle. */
 INLINE void store_terms(const __m256 x[4], __m256 inverse, const int is_signed, uint32_t high[16], uint32_t low[16]) {
     __m256i i[4];
     UNROLL for (int k = 0; k < 4; k++) i[k] = _mm256_cvtps_epi32(_mm256_mul_ps(x[k], inverse));
@@ -161,7 +162,8 @@ INLINE void fold_queries(const int D, const int GB, const uint8_t *page, const f
 INLINE void page_scores(const int D, const int GB, const uint8_t *page, uint32_t terms[2][HEADS][MAX_HEAD_DIM / 2],
                         const float factor[4], const float bias[4], float scores[HEADS][PAGE]) {
     const int words = D / 8;
-    const int planes = D <= 64 ? 4 : 2; /* planes before a 16-bit sum must be widened: planes * words * 2 * 128 * 3 < 2^15 */
+    /* Planes before a 16-bit sum must be widened: planes * words * 2 * 128 * 3 < 2^15. */
+    const int planes = D <= 64 ? 4 : 2;
     const __m256i field = _mm256_set1_epi8(3);
     for (int half = 0; half < 2; half++) {
         __m256i total[HEADS][2];
@@ -174,7 +176,8 @@ INLINE void page_scores(const int D, const int GB, const uint8_t *page, uint32_t
                     const __m256i c = _mm256_and_si256(i ? _mm256_srli_epi16(w, 2 * i) : w, field);
                     UNROLL for (int g = 0; g < GB; g++)
                         UNROLL for (int r = 0; r < 2; r++)
-                            accumulate(&acc[g][r], _mm256_maddubs_epi16(c, broadcast_pair(&terms[r][g][words * i + j])));
+                            accumulate(&acc[g][r],
+                                       _mm256_maddubs_epi16(c, broadcast_pair(&terms[r][g][words * i + j])));
                 }
             }
             UNROLL for (int g = 0; g < GB; g++) {
@@ -194,8 +197,8 @@ INLINE void page_scores(const int D, const int GB, const uint8_t *page, uint32_t
     }
 }
 
-/* The V codes of tokens 2t and 2t + 1, byte by byte, as 128-bit lanes of 8 planar bytes (16 channels at two tokens are one
- * 256-bit register): register r of a row holds the lanes that channel_codes() wants side by side. */
+/* The V codes of tokens 2t and 2t + 1, byte by byte, as 128-bit lanes of 8 planar bytes: register r of a row holds the
+ * lanes that channel_codes() wants side by side. */
 #define ROW_REGISTERS(D) ((D) == 96 ? 3 : (D) == 128 ? 2 : 1)
 
 INLINE void interleave_values(const int D, const uint8_t *codes, __m256i rows[PAGE / 2][3]) {
@@ -227,7 +230,7 @@ INLINE __m256i channel_codes(const int D, const __m256i row[3], const int j) {
     return _mm256_and_si256(shifted, _mm256_set1_epi8(3));
 }
 
-/* V of one page, ready for multiplication: probabilities times scale as byte terms, and what one step of them is worth. */
+/* Probabilities times V scale as byte terms, and what one step of them is worth. */
 struct weights {
     ALIGNED uint32_t terms[2][MAX_HEAD_DIM / GROUP][HEADS][PAGE / 2];
     ALIGNED float factor[4];
@@ -327,7 +330,7 @@ INLINE void attend_pages(const int D, const int GB, const struct pages *pages, c
     const uint8_t *next = page_at(pages, pages->begin, PAGE_BYTES(D));
     for (int i = pages->begin; i < pages->end; i++) {
         const uint8_t *page = next;
-        if (i + 1 < pages->end) { /* 1.4 times faster when the pool is not in cache */
+        if (i + 1 < pages->end) { /* the pool is seldom in cache */
             next = page_at(pages, i + 1, PAGE_BYTES(D));
             prefetch(next, PAGE_BYTES(D));
         }

@@ -191,7 +191,7 @@ class NativeKernels:
         """Fresh arguments, without what changes from layer to layer.
 
         A model passes one batch to all its layers, and checking it takes longer than a short context's attention
-        (15 us), so the last batch's arguments are kept.
+        (about 10 us), so the last batch's arguments are kept.
         """
         last = self._last_batch
         if last is not None and last[0]() is batch and last[1] == query.shape:

@@ -236,13 +236,10 @@ static void quantize_item(void *context, int64_t item) {
     const int head_dim = (int)a->head_dim;
     const int first = page == 0 ? (int)a->sink_tokens : 0;
     uint8_t *out = a->out + (head * a->pages + page) * PAGE_BYTES(head_dim);
-    int finite;
-    if (item % 2 == 0)
-        finite = quantize_keys(head_dim, a->keys + head * a->key_head_stride + page * PAGE * a->key_token_stride,
-                               a->key_token_stride, first, out);
-    else
-        finite = quantize_values(head_dim, a->values + head * a->value_head_stride + page * PAGE * a->value_token_stride,
-                                 a->value_token_stride, first, out);
+    const uint16_t *keys = a->keys + head * a->key_head_stride + page * PAGE * a->key_token_stride;
+    const uint16_t *values = a->values + head * a->value_head_stride + page * PAGE * a->value_token_stride;
+    const int finite = item % 2 ? quantize_values(head_dim, values, a->value_token_stride, first, out)
+                                : quantize_keys(head_dim, keys, a->key_token_stride, first, out);
     if (!finite) atomic_store_explicit(&call->not_finite, 1, memory_order_relaxed);
 }
 
