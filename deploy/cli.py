@@ -26,6 +26,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+bench = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML or TOML file; see docs/configuration.md.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help='Hugging Face folder, .gguf file, hub id, or "demo".')]
 
@@ -54,10 +57,10 @@ def serve(
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
     try:
         with Deployment(settings) as deployment:
+            for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has started: it sets handlers of its own
+                signal.signal(number, lambda *_: stopping.set())
             print(f"kvferry serves on {deployment.address}", flush=True)
             while not stopping.wait(1.0):
                 pass
@@ -151,6 +154,27 @@ def demo(
         _fail(str(error))
     if not identical:
         _fail("a repeated request did not give the tokens of the first one")
+
+
+@bench.command("decode")
+def bench_decode_command(
+    model: ModelOption = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of context.")] = 4096,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens a round.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1)] = 4,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write every step's seconds here.")] = None,
+) -> None:
+    """Time per token against transformers with its own cache, on this machine, in one run."""
+    from kvferry.deploy.app import model_config
+    from kvferry.deploy.bench_decode import bench_decode, print_decode_times
+
+    try:
+        results = bench_decode(model_config(_settings(None, model=model)), context=context, steps=steps, rounds=rounds)
+    except (OSError, RuntimeError, ValueError) as error:
+        _fail(str(error))
+    print_decode_times(results, context=context)
+    if json_path is not None:
+        json_path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
 
 
 def main() -> None:

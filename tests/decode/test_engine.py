@@ -1,0 +1,592 @@
+"""A decode worker over real sockets: what it gives back, what one failure takes with it, what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+from kvferry.decode.admission import Admission
+from kvferry.decode.cache import PackedCache
+from kvferry.decode.config import DecodeConfig
+from kvferry.decode.engine import DecodeEngine
+from kvferry.deploy.worker_server import ModelRuntime
+from kvferry.kernels.spec import KVQuantSpec
+from kvferry.proto import worker_pb2, worker_pb2_grpc
+
+BLOCK_SIZE = 32
+MAX_MODEL_LEN = 2048
+BLOCK_BYTES = 3 * 2 * 24 * 64
+ROOM_S = 5.0
+
+Status = grpc.StatusCode
+
+
+@dataclass
+class Inside:
+    """The parts of a running decode worker that hold memory."""
+
+    engine: DecodeEngine
+    cache: PackedCache
+    admission: Admission
+
+    @classmethod
+    def of(cls, workers: Any) -> Inside:
+        engine, servicer = workers.decode_server._decode
+        return cls(engine, engine._cache, servicer._worker.admission)
+
+    def leftovers(self) -> dict[str, int]:
+        """What is in use; empty when all is free."""
+        admission = self.admission
+        counts = {
+            "blocks": admission.pool.num_used,
+            "slots": self.cache.tails.shape[0] - len(admission._slots),
+            "waiting": admission.num_waiting,
+            "sequences": self.engine.num_running,
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    async def assert_all_free(self) -> None:
+        try:
+            async with asyncio.timeout(ROOM_S):
+                while self.leftovers():
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            pytest.fail(f"still in use after {ROOM_S} s: {self.leftovers()}")
+        self.admission.pool.check_integrity()
+        assert sorted(self.admission._slots) == list(range(self.cache.tails.shape[0]))
+
+
+def request(workers: Any, prompt: list[int], **changes: Any) -> worker_pb2.DecodeRequest:
+    """A request that is good, except for `changes`."""
+    fields: dict[str, Any] = {
+        "request_id": "test",
+        "tenant": "default",
+        "token_ids": prompt,
+        "prefill_address": workers.prefill_address,
+        "sampling": worker_pb2.SamplingParams(max_tokens=8),
+    }
+    return worker_pb2.DecodeRequest(**{**fields, **changes})
+
+
+def call(workers: Any, message: worker_pb2.DecodeRequest, timeout: float = 30.0) -> Any:
+    return worker_pb2_grpc.DecodeStub(workers.channel).Generate(message, timeout=timeout)
+
+
+async def read(stream: Any, count: int = 10**9) -> list[int]:
+    """Up to `count` tokens of an answer."""
+    tokens: list[int] = []
+    while len(tokens) < count and (chunk := await stream.read()) is not grpc.aio.EOF:
+        tokens.append(chunk.token_id)
+    return tokens
+
+
+async def failure(answer: Coroutine[Any, Any, object]) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await answer
+    return caught.value
+
+
+@pytest.fixture
+async def workers(runtime: Callable[..., ModelRuntime], serve_workers: Any) -> Any:
+    return await serve_workers(runtime())
+
+
+@pytest.fixture
+def serve_small(runtime: Callable[..., ModelRuntime], serve_workers: Any) -> Callable[..., Any]:
+    """Workers with a decode worker that has little room."""
+
+    def serve(blocks: int = 64, **config: Any) -> Any:
+        return serve_workers(runtime(), None, DecodeConfig(pool_bytes=blocks * BLOCK_BYTES, **config))
+
+    return serve
+
+
+# --- room comes back ---------------------------------------------------------------------------------------------
+
+
+async def test_room_is_free_after_every_request(workers: Any, make_prompt: Any) -> None:
+    inside = Inside.of(workers)
+    for length, max_tokens in ((1, 1), (5, 3), (31, 2), (32, 1), (32, 33), (33, 31), (64, 65), (100, 8)):
+        answer = await workers.generate(make_prompt(length, seed=length), max_tokens=max_tokens)
+        assert len(answer.tokens) == max_tokens
+        assert answer.chunks[-1].finish_reason == "length"
+        assert all(chunk.finish_reason == "" and not chunk.HasField("usage") for chunk in answer.chunks[:-1])
+        await inside.assert_all_free()
+    await asyncio.gather(*(workers.generate(make_prompt(20 * i + 1, seed=i), max_tokens=4) for i in range(20)))
+    await inside.assert_all_free()
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["no store", "store"])
+async def test_room_is_free_after_a_cancel(
+    runtime: Callable[..., ModelRuntime], serve_workers: Any, make_store: Any, make_prompt: Any, store: bool
+) -> None:
+    """A client leaves at any moment; a bystander notices nothing."""
+    address = (await make_store()).address if store else None
+    workers = await serve_workers(runtime(), address)
+    inside = Inside.of(workers)
+    bystander = make_prompt(40, seed=99)
+    expected = (await workers.generate(bystander, max_tokens=60)).tokens
+    answer = asyncio.create_task(workers.generate(bystander, max_tokens=60))
+
+    prompt = make_prompt(6 * BLOCK_SIZE + 5)
+    long = worker_pb2.SamplingParams(max_tokens=500)
+    for delay_s in (0.0, 0.001, 0.01, 0.05):  # before the first token
+        stream = call(workers, request(workers, prompt, sampling=long))
+        await asyncio.sleep(delay_s)
+        stream.cancel()
+        assert await stream.code() is Status.CANCELLED
+    for count in (1, 2, 29):  # the first token, the first of decode, past a block that decode filled
+        stream = call(workers, request(workers, prompt, sampling=long))
+        assert len(await read(stream, count)) == count
+        stream.cancel()
+        assert await stream.code() is Status.CANCELLED
+    assert (await answer).tokens == expected
+    await inside.assert_all_free()
+
+    streams = [call(workers, request(workers, make_prompt(20 + i, seed=i), sampling=long)) for i in range(20)]
+    await asyncio.gather(*(read(stream, i % 3) for i, stream in enumerate(streams)))
+    for stream in streams:  # 16 of them run, 4 wait
+        stream.cancel()
+    await inside.assert_all_free()
+
+
+async def test_room_is_free_after_the_last_token_even_if_nobody_reads_on(workers: Any, make_prompt: Any) -> None:
+    stream = call(workers, request(workers, make_prompt(10), sampling=worker_pb2.SamplingParams(max_tokens=3)))
+    assert len(await read(stream, 3)) == 3
+    stream.cancel()
+    await Inside.of(workers).assert_all_free()
+
+
+async def test_room_is_free_after_a_deadline(workers: Any, make_prompt: Any) -> None:
+    endless = worker_pb2.SamplingParams(max_tokens=1900)
+    error = await failure(read(call(workers, request(workers, make_prompt(40), sampling=endless), timeout=1.0)))
+    assert error.code() is Status.DEADLINE_EXCEEDED
+    await Inside.of(workers).assert_all_free()
+
+
+async def test_cancelled_while_it_waits_for_room(serve_small: Any, make_prompt: Any) -> None:
+    workers = await serve_small(max_num_seqs=1)
+    inside = Inside.of(workers)
+    message = request(workers, make_prompt(20), sampling=worker_pb2.SamplingParams(max_tokens=1500))
+    running = call(workers, message, timeout=60)
+    await read(running, 1)
+    impatient, patient = call(workers, message), call(workers, request(workers, make_prompt(30)))
+    async with asyncio.timeout(10):
+        while inside.admission.num_waiting < 2:
+            await asyncio.sleep(0.01)
+    impatient.cancel()
+    async with asyncio.timeout(ROOM_S):
+        while inside.admission.num_waiting > 1:
+            await asyncio.sleep(0.01)
+    assert len(await read(running, 3)) == 3  # it goes on
+    running.cancel()
+    assert len(await read(patient)) == 8
+    await inside.assert_all_free()
+
+
+async def test_a_worker_that_is_full_says_so(serve_small: Any, make_prompt: Any) -> None:
+    workers = await serve_small(max_num_seqs=1, max_waiting=1)
+    inside = Inside.of(workers)
+    message = request(workers, make_prompt(20), sampling=worker_pb2.SamplingParams(max_tokens=1500))
+    running = call(workers, message)
+    await read(running, 1)
+    waiting = call(workers, message)
+    async with asyncio.timeout(10):
+        while not inside.admission.num_waiting:
+            await asyncio.sleep(0.01)
+    error = await failure(read(call(workers, message)))
+    assert error.code() is Status.RESOURCE_EXHAUSTED
+    assert "1 requests wait for room" in (error.details() or "")
+    running.cancel()
+    assert await read(waiting, 2)
+    waiting.cancel()
+    await inside.assert_all_free()
+
+
+async def test_stopping_ends_the_requests(workers: Any, make_prompt: Any) -> None:
+    """`stop` comes back though a request has long to go, and the client learns of it."""
+    stream = call(workers, request(workers, make_prompt(20), sampling=worker_pb2.SamplingParams(max_tokens=1900)))
+    await read(stream, 2)
+    async with asyncio.timeout(20):
+        await workers.decode_server.stop(0.1)
+        error = await failure(read(stream))
+    assert error.code() in (Status.UNAVAILABLE, Status.CANCELLED)
+    assert not Inside.of(workers).leftovers()
+
+
+# --- one failure -------------------------------------------------------------------------------------------------
+
+
+async def assert_one_fails(workers: Any, prompts: list[list[int]], expected: list[list[int]]) -> grpc.aio.AioRpcError:
+    """One of the requests fails with INTERNAL, the others have the tokens they would have had."""
+    results = await asyncio.gather(*(workers.generate(p, max_tokens=45) for p in prompts), return_exceptions=True)
+    [error] = [result for result in results if isinstance(result, BaseException)]
+    assert isinstance(error, grpc.aio.AioRpcError)
+    assert error.code() is Status.INTERNAL
+    for result, tokens in zip(results, expected, strict=True):
+        assert result is error or result.tokens == tokens  # type: ignore[union-attr]
+    await Inside.of(workers).assert_all_free()
+    # Its slot and blocks are as good as before.
+    results = await asyncio.gather(*(workers.generate(p, max_tokens=45) for p in prompts))
+    assert [result.tokens for result in results] == expected
+    return error
+
+
+@pytest.fixture
+def prompts(make_prompt: Any) -> list[list[int]]:
+    return [make_prompt(20 + 11 * i, seed=i) for i in range(4)]
+
+
+async def test_a_block_that_is_not_finite_ends_one_request(
+    serve_small: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = await serve_small(max_num_seqs=4)
+    expected = [(await workers.generate(prompt, max_tokens=45)).tokens for prompt in prompts]
+    cache = Inside.of(workers).cache
+    pack, poisoned = cache.pack_tail, []
+
+    def pack_poisoned(slot: int, block_id: int, *, first: bool) -> None:
+        if not poisoned:
+            poisoned.append(slot)
+            cache.tails[slot, -1, 1, 0, 7, 3] = torch.nan  # one V of the last layer
+        pack(slot, block_id, first=first)
+
+    monkeypatch.setattr(cache, "pack_tail", pack_poisoned)
+    error = await assert_one_fails(workers, prompts, expected)
+    assert poisoned
+    assert error.details() == "decode failed: K or V is not finite: the block is refused"
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+async def test_logits_that_are_not_finite_end_one_request(
+    serve_small: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """A poisoned tail poisons the attention of its sequence, and only of its sequence."""
+    workers = await serve_small(max_num_seqs=4)
+    expected = [(await workers.generate(prompt, max_tokens=45)).tokens for prompt in prompts]
+    cache = Inside.of(workers).cache
+    load, poisoned = cache.load_tail, []
+
+    def load_poisoned(slot: int, tail: bytes) -> int:
+        tokens = load(slot, tail)
+        if len(poisoned) < 2 and tokens:
+            poisoned.append(slot)
+            if len(poisoned) == 2:  # the second one, so that another one runs already
+                cache.tails[slot, :, 1] = value
+        return tokens
+
+    monkeypatch.setattr(cache, "load_tail", load_poisoned)
+    error = await assert_one_fails(workers, prompts, expected)
+    assert error.details() == "decode failed: the model's logits are not finite"
+
+
+async def test_a_failed_step_ends_its_sequences_and_not_the_worker(
+    workers: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = Inside.of(workers)
+    expected = [(await workers.generate(prompt, max_tokens=10)).tokens for prompt in prompts]
+    batch, broken = inside.cache.batch, []
+
+    def break_once(**arguments: Any) -> Any:
+        if len(arguments["slots"]) > 1 and not broken:
+            broken.extend(arguments["slots"])
+            raise RuntimeError("out of device memory")
+        return batch(**arguments)
+
+    monkeypatch.setattr(inside.cache, "batch", break_once)
+    results = await asyncio.gather(*(workers.generate(p, max_tokens=10) for p in prompts), return_exceptions=True)
+    errors = [result for result in results if isinstance(result, grpc.aio.AioRpcError)]
+    assert len(errors) == len(broken) >= 2
+    for result, tokens in zip(results, expected, strict=True):
+        assert isinstance(result, grpc.aio.AioRpcError) or result.tokens == tokens  # type: ignore[union-attr]
+    await inside.assert_all_free()
+    results = await asyncio.gather(*(workers.generate(p, max_tokens=10) for p in prompts))
+    assert [result.tokens for result in results] == expected
+    assert {error.code() for error in errors} == {Status.INTERNAL}
+
+
+# --- the end of an answer ----------------------------------------------------------------------------------------
+
+
+async def test_one_token(workers: Any, make_prompt: Any) -> None:
+    """The answer comes from prefill alone: no decode step."""
+    for length in (1, BLOCK_SIZE, 2 * BLOCK_SIZE + 5):
+        answer = await workers.generate(make_prompt(length), max_tokens=1)
+        longer = await workers.generate(make_prompt(length), max_tokens=2)
+        assert answer.tokens == longer.tokens[:1]
+        assert answer.chunks[0].finish_reason == "length"
+        assert answer.usage.prefill.compute_seconds > 0
+        assert answer.usage.decode_seconds == 0 < longer.usage.decode_seconds
+    await Inside.of(workers).assert_all_free()
+
+
+async def test_stop_tokens(workers: Any, make_prompt: Any) -> None:
+    prompt = make_prompt(3 * BLOCK_SIZE + 3)
+    free = (await workers.generate(prompt, max_tokens=12)).tokens
+    positions = {token: free.index(token) for token in reversed(free)}
+    for token, position in positions.items():
+        answer = await workers.generate(prompt, max_tokens=12, stop_token_ids=[token])
+        assert answer.tokens == free[: position + 1]  # the stop token is the last one of the answer
+        assert answer.chunks[-1].finish_reason == "stop"
+    # As the first token, and as the last one that is allowed.
+    assert 0 in positions.values()
+    last = await workers.generate(prompt, max_tokens=positions[free[-1]] + 1, stop_token_ids=[free[-1]])
+    assert last.chunks[-1].finish_reason == "stop"
+    await Inside.of(workers).assert_all_free()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_min_tokens(workers: Any, make_prompt: Any, temperature: float) -> None:
+    """Every second token of the vocabulary would end the answer."""
+    even = list(range(0, 49152, 2))
+    prompt = make_prompt(50)
+    for min_tokens in (0, 1, 5):
+        for seed in range(3):
+            answer = await workers.generate(
+                prompt, max_tokens=40, min_tokens=min_tokens, stop_token_ids=even, temperature=temperature, seed=seed
+            )
+            assert all(token % 2 for token in answer.tokens[:-1])
+            assert len(answer.tokens) > min_tokens
+            assert answer.tokens[-1] % 2 == 0 and answer.chunks[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_logprobs(workers: Any, make_prompt: Any, temperature: float) -> None:
+    prompt = make_prompt(3 * BLOCK_SIZE + 3)
+    options = {"max_tokens": 8, "temperature": temperature, "seed": 3}
+    plain = await workers.generate(prompt, **options)
+    assert all(chunk.logprob == 0 and not chunk.top_logprobs for chunk in plain.chunks)
+    for top in (0, 5):
+        answer = await workers.generate(prompt, logprobs=True, top_logprobs=top, **options)
+        assert answer.tokens == plain.tokens
+        for chunk in answer.chunks:  # the first comes from prefill, the others from decode
+            assert math.isfinite(chunk.logprob) and chunk.logprob < 0
+            assert len(chunk.top_logprobs) == top
+            if not top:
+                continue
+            ids = [each.token_id for each in chunk.top_logprobs]
+            values = [each.logprob for each in chunk.top_logprobs]
+            assert len(set(ids)) == top
+            assert values == sorted(values, reverse=True)
+            assert 0 < sum(map(math.exp, values)) <= 1 + 1e-5
+            assert chunk.logprob <= values[0]
+            if chunk.token_id in ids:
+                assert chunk.logprob == values[ids.index(chunk.token_id)]
+            else:
+                assert chunk.logprob <= values[-1]
+            if not temperature:
+                assert (ids[0], values[0]) == (chunk.token_id, chunk.logprob)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"token_ids": []}, "the prompt has no tokens"),
+        ({"sampling": worker_pb2.SamplingParams()}, "max_tokens must be at least 1"),
+        (
+            {"sampling": worker_pb2.SamplingParams(max_tokens=MAX_MODEL_LEN - 9)},
+            f"10 prompt tokens and max_tokens {MAX_MODEL_LEN - 9} are over the model's {MAX_MODEL_LEN}",
+        ),
+        ({"tenant": ""}, "tenant and prefill_address must be set"),
+        ({"prefill_address": ""}, "tenant and prefill_address must be set"),
+    ],
+    ids=["no tokens", "no max_tokens", "over the window", "no tenant", "no prefill address"],
+)
+async def test_a_bad_request(workers: Any, make_prompt: Any, changes: dict[str, Any], sentence: str) -> None:
+    error = await failure(read(call(workers, request(workers, make_prompt(10), **changes))))
+    assert (error.code(), error.details()) == (Status.INVALID_ARGUMENT, sentence)
+    assert not Inside.of(workers).leftovers()
+
+
+async def test_a_request_that_just_fits_the_window(workers: Any, make_prompt: Any) -> None:
+    prompt = make_prompt(MAX_MODEL_LEN - 3)
+    assert len((await workers.generate(prompt, max_tokens=3)).tokens) == 3
+    error = await failure(workers.generate(prompt, max_tokens=4))
+    assert error.code() is Status.INVALID_ARGUMENT
+
+
+async def test_a_request_larger_than_the_pool(serve_small: Any, make_prompt: Any) -> None:
+    workers = await serve_small(blocks=4)
+    most = 5 * BLOCK_SIZE - 60  # the last token needs no room
+    assert len((await workers.generate(make_prompt(60), max_tokens=most)).tokens) == most
+    error = await failure(workers.generate(make_prompt(60), max_tokens=most + 1))
+    assert error.code() is Status.INVALID_ARGUMENT
+    assert "needs 5 blocks and this worker's pool has 4" in (error.details() or "")
+    await Inside.of(workers).assert_all_free()
+
+
+# --- the prefill worker ------------------------------------------------------------------------------------------
+
+
+async def test_a_prefill_worker_that_is_not_there(workers: Any, make_prompt: Any, unused_tcp_port: int) -> None:
+    address = f"127.0.0.1:{unused_tcp_port}"
+    async with asyncio.timeout(15):  # half the deadline
+        error = await failure(read(call(workers, request(workers, make_prompt(10), prefill_address=address))))
+    assert error.code() is Status.UNAVAILABLE
+    assert f"prefill worker {address}" in (error.details() or "")
+    await Inside.of(workers).assert_all_free()
+    assert len((await workers.generate(make_prompt(10))).tokens) == 8
+
+
+async def test_a_prefill_worker_that_says_nothing(workers: Any, make_prompt: Any) -> None:
+    """It accepts connections and is silent: the request ends with its deadline."""
+    accepted: list[asyncio.StreamWriter] = []
+    silent = await asyncio.start_server(lambda reader, writer: accepted.append(writer), "127.0.0.1", 0)
+    address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    stream = call(workers, request(workers, make_prompt(10), prefill_address=address), timeout=1.0)
+    async with asyncio.timeout(15):
+        error = await failure(read(stream))
+    assert error.code() is Status.DEADLINE_EXCEEDED
+    await Inside.of(workers).assert_all_free()
+    silent.close()
+    for writer in accepted:
+        writer.close()
+        await writer.wait_closed()
+    assert accepted
+
+
+@pytest.fixture
+async def prefill(workers: Any) -> AsyncIterator[worker_pb2_grpc.PrefillStub]:
+    async with grpc.aio.insecure_channel(workers.prefill_address) as channel:
+        yield worker_pb2_grpc.PrefillStub(channel)
+
+
+def start_command(runtime: ModelRuntime, prompt: list[int], **changes: Any) -> worker_pb2.PrefillCommand:
+    fields: dict[str, Any] = {
+        "request_id": "test",
+        "tenant": "default",
+        "token_ids": prompt,
+        "sampling": worker_pb2.SamplingParams(max_tokens=8),
+        "identity": runtime.identity,
+    }
+    return worker_pb2.PrefillCommand(start=worker_pb2.PrefillStart(**{**fields, **changes}))
+
+
+async def drain(stream: Any) -> list[worker_pb2.PrefillEvent]:
+    return [event async for event in stream]
+
+
+@pytest.mark.parametrize("field", [f.name for f in worker_pb2.ModelIdentity.DESCRIPTOR.fields])
+async def test_another_identity_is_refused(
+    runtime: Callable[..., ModelRuntime], prefill: Any, make_prompt: Any, field: str
+) -> None:
+    """In any of its fields, and also when there is none."""
+    identity = worker_pb2.ModelIdentity()
+    identity.CopyFrom(runtime().identity)
+    value = getattr(identity, field)
+    setattr(identity, field, value + 1 if isinstance(value, int) else bytes([value[0] ^ 1]) + value[1:])
+    for other in (identity, None):
+        stream = prefill.Prefill(timeout=30)
+        await stream.write(start_command(runtime(), make_prompt(10), identity=other))
+        error = await failure(drain(stream))
+        assert error.code() is Status.FAILED_PRECONDITION
+        assert "start all workers from the same configuration" in (error.details() or "")
+
+
+async def test_decode_passes_the_refusal_on(
+    load_runtime: Callable[..., ModelRuntime], workers: Any, serve_workers: Any, make_prompt: Any
+) -> None:
+    other_runtime = load_runtime(block_size=64)
+    try:
+        other = await serve_workers(other_runtime)
+        message = request(workers, make_prompt(10), prefill_address=other.prefill_address)
+        error = await failure(read(call(workers, message)))
+        assert error.code() is Status.FAILED_PRECONDITION
+        assert error.details().startswith(f"prefill worker {other.prefill_address}: this prefill worker serves another")
+        await Inside.of(workers).assert_all_free()
+    finally:
+        other_runtime.engine.close()
+
+
+async def test_the_first_message_must_be_start(prefill: Any) -> None:
+    stream = prefill.Prefill(timeout=30)
+    await stream.write(worker_pb2.PrefillCommand(send_blocks=worker_pb2.SendBlocks(indices=[0])))
+    error = await failure(drain(stream))
+    assert (error.code(), error.details()) == (Status.INVALID_ARGUMENT, "the first message must be `start`")
+    for first in (worker_pb2.PrefillCommand(), None):  # an empty one, and none
+        stream = prefill.Prefill(timeout=30)
+        if first is not None:
+            await stream.write(first)
+        await stream.done_writing()
+        error = await failure(drain(stream))
+        assert error.code() is Status.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"token_ids": []}, "0 prompt tokens; this model takes 1 to 2047"),
+        ({"token_ids": [5] * 2048}, "2048 prompt tokens; this model takes 1 to 2047"),
+        ({"tenant": ""}, "tenant"),
+    ],
+    ids=["no tokens", "over the window", "no tenant"],
+)
+async def test_a_bad_start(
+    runtime: Callable[..., ModelRuntime], prefill: Any, changes: dict[str, Any], sentence: str
+) -> None:
+    stream = prefill.Prefill(timeout=30)
+    await stream.write(start_command(runtime(), [5, 6, 7], **changes))
+    error = await failure(drain(stream))
+    assert error.code() is Status.INVALID_ARGUMENT
+    assert sentence in (error.details() or "")
+
+
+@pytest.mark.parametrize("index", [2, 2**32 - 1])
+async def test_a_block_that_does_not_exist(
+    runtime: Callable[..., ModelRuntime], prefill: Any, make_prompt: Any, index: int
+) -> None:
+    """Asked for after everything is announced; the worker then serves the next request."""
+    command = start_command(runtime(), make_prompt(2 * BLOCK_SIZE + 3))
+    stream = prefill.Prefill(timeout=30)
+    await stream.write(command)
+    async for event in stream:
+        if event.WhichOneof("event") == "finished":
+            break
+    await stream.write(worker_pb2.PrefillCommand(send_blocks=worker_pb2.SendBlocks(indices=[1, index])))
+    error = await failure(drain(stream))
+    assert (error.code(), error.details()) == (Status.INTERNAL, f"prefill failed: block {index} is not complete")
+
+    stream = prefill.Prefill(timeout=30)
+    await stream.write(command)
+    await stream.write(worker_pb2.PrefillCommand(send_blocks=worker_pb2.SendBlocks(indices=[])))
+    await stream.done_writing()
+    events = [event.WhichOneof("event") for event in await drain(stream)]
+    assert events.count("block_ready") == 2 and events[-1] == "finished"
+
+
+async def test_blocks_are_sent_when_they_are_asked_for(
+    runtime: Callable[..., ModelRuntime], prefill: Any, make_prompt: Any
+) -> None:
+    layout = runtime().layout
+    assert layout.spec == KVQuantSpec(block_size=BLOCK_SIZE)
+    stream = prefill.Prefill(timeout=30)
+    await stream.write(start_command(runtime(), make_prompt(2 * BLOCK_SIZE + 3)))
+    tail, tail_bytes = b"", None
+    async for event in stream:
+        kind = event.WhichOneof("event")
+        if kind == "block_ready":
+            assert not event.block_ready.in_store  # there is no store
+        elif kind == "handoff":
+            tail_bytes = event.handoff.tail_bytes
+        elif kind == "tail_chunk":
+            tail += event.tail_chunk
+        elif kind == "finished":
+            break
+    assert len(tail) == tail_bytes == 3 * layout.bytes_per_token_bf16
+    await stream.write(worker_pb2.PrefillCommand(send_blocks=worker_pb2.SendBlocks(indices=[1, 0, 1])))
+    await stream.done_writing()
+    frames = [event.block for event in await drain(stream)]
+    assert [frame.index for frame in frames] == [1, 0, 1]
+    assert all(frame.record_bytes == len(frame.chunk) for frame in frames)
+    assert frames[0].chunk == frames[2].chunk
+    assert len(frames[1].chunk) == len(frames[0].chunk) + layout.sink_bytes
