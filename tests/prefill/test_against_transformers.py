@@ -42,9 +42,7 @@ def _rounded_attention(
 ) -> tuple[torch.Tensor, None]:
     groups = query.shape[1] // key.shape[1]
     key, value = (x.half().float().repeat_interleave(groups, dim=1) for x in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=kwargs["scaling"]
-    )
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=kwargs["scaling"])
     return out.transpose(1, 2), None
 
 
@@ -108,14 +106,18 @@ async def test_greedy_tokens_without_quantization(
     runtime = load_runtime(family, block_size=512)
     token_ids = make_prompt(90)
     answer = await (await serve_workers(runtime)).generate(token_ids, max_tokens=24)
-    theirs = plain(family).generate(
-        torch.tensor([token_ids]),
-        attention_mask=torch.ones(1, len(token_ids), dtype=torch.long),
-        max_new_tokens=24,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )[0, len(token_ids) :].tolist()
+    theirs = (
+        plain(family)
+        .generate(
+            torch.tensor([token_ids]),
+            attention_mask=torch.ones(1, len(token_ids), dtype=torch.long),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(token_ids) :]
+        .tolist()
+    )
     assert len(set(theirs)) > 4
     assert answer.tokens == theirs
     runtime.engine.close()
