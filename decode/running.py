@@ -10,6 +10,10 @@ from kvferry.decode.engine import DecodeEngine
 from kvferry.decode.sequence import Sequence, TokenEvent
 
 
+class DecodeFailed(Exception):
+    """The engine could not go on with a sequence."""
+
+
 class RunningSequence:
     """Carries a sequence's events from the engine's thread to the event loop that made this object."""
 
@@ -35,16 +39,27 @@ class RunningSequence:
             yield
         finally:
             self._engine.cancel(sequence)
-            # One step at most. Shielded: a cancelled request must still wait, or its blocks would be
-            # given away while the step writes to them.
-            await asyncio.shield(asyncio.ensure_future(self._released.wait()))
+            await self._until_released()
+
+    async def _until_released(self) -> None:
+        """Waits for the running step, whatever else is cancelled meanwhile: its blocks must not be given away while
+        the step writes to them. The engine releases every sequence, also when it fails or closes."""
+        released = asyncio.ensure_future(self._released.wait())
+        cancelled: asyncio.CancelledError | None = None
+        while not released.done():
+            try:
+                await asyncio.shield(released)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
     async def events(self) -> AsyncIterator[TokenEvent]:
-        """Tokens up to the last one. Raises what the engine raised."""
+        """Tokens up to the last one. Raises DecodeFailed with the engine's reason."""
         while True:
             item = await self._queue.get()
             if isinstance(item, Exception):
-                raise item
+                raise DecodeFailed(str(item)) from item
             yield item
             if item.finish_reason:
                 return

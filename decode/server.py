@@ -10,6 +10,7 @@ import grpc
 from kvferry.decode.admission import RequestTooLarge, WorkerFull
 from kvferry.decode.config import DecodeConfig
 from kvferry.decode.prefill_stream import PrefillChannels, PrefillFailed, PrefillStream
+from kvferry.decode.running import DecodeFailed
 from kvferry.decode.worker import Answer, DecodeWorker, RequestUsage
 from kvferry.kernels.sampling import SamplingParams
 from kvferry.kvstore.identity import namespace_of
@@ -50,7 +51,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except PrefillFailed as error:
             await context.abort(error.code, str(error))
-        except ValueError as error:
+        except (DecodeFailed, ValueError) as error:
             await context.abort(grpc.StatusCode.INTERNAL, f"decode failed: {error}")
 
     async def _check(self, request: worker_pb2.DecodeRequest, context: Context) -> None:

@@ -102,7 +102,7 @@ class Client:
         return completion(list(self.stream(prompt, **options)))
 
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Iterator[Chunk]:
-        """The answer piece by piece. Closing the iterator, or dropping it, cancels the request."""
+        """The answer piece by piece, asked for with the first `next`. Closing the iterator cancels the request."""
         return self._stream(generate_request(prompt, options), options.get("timeout"))
 
     def count_tokens(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> TokenCount:
@@ -155,7 +155,7 @@ class AsyncClient:
         return completion([chunk async for chunk in self.stream(prompt, **options)])
 
     def stream(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncGenerator[Chunk, None]:
-        """The answer piece by piece. Closing the iterator (`aclose`) cancels the request."""
+        """The answer piece by piece, asked for with the first `anext`. Closing the iterator cancels the request."""
         return self._stream(generate_request(prompt, options), options.get("timeout"))
 
     async def count_tokens(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> TokenCount:

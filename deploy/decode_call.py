@@ -48,7 +48,7 @@ async def decode(
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise _lost(answer.num_tokens) from None  # it is the worker that cancelled
+        raise _lost(answer.num_tokens) from None  # not we are cancelled: the worker's channel was closed
     finally:
         call.cancel()
 

@@ -6,16 +6,17 @@ Environment variables are KVFERRY_<KEY>, with __ between levels: KVFERRY_STORE__
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    TomlConfigSettingsSource,
-    YamlConfigSettingsSource,
 )
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -107,10 +108,7 @@ class Settings(BaseSettings):
 
         Raises ValueError or pydantic's ValidationError, which names the key; OSError when the file cannot be read.
         """
-        if path is not None and path.suffix not in (".yaml", ".yml", ".toml"):
-            raise ValueError(f"{path}: a configuration file ends in .yaml, .yml or .toml")
-        if path is not None and not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}")
+        from_file = {} if path is None else _read_mapping(path)
 
         class FromFile(cls):  # type: ignore[valid-type, misc]
             @classmethod
@@ -122,11 +120,27 @@ class Settings(BaseSettings):
                 dotenv_settings: PydanticBaseSettingsSource,
                 file_secret_settings: PydanticBaseSettingsSource,
             ) -> tuple[PydanticBaseSettingsSource, ...]:
-                if path is None:
-                    return init_settings, env_settings
-                source = TomlConfigSettingsSource if path.suffix == ".toml" else YamlConfigSettingsSource
-                return init_settings, env_settings, source(settings_cls, path)
+                return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
 
         given = {key: value for key, value in overrides.items() if value is not None}
         loaded = FromFile(**given)
         return Settings.model_construct(**{name: getattr(loaded, name) for name in cls.model_fields})
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """The keys of a YAML or TOML file. Raises ValueError naming the file, or OSError."""
+    if path.suffix not in (".yaml", ".yml", ".toml"):
+        raise ValueError(f"{path}: a configuration file ends in .yaml, .yml or .toml")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        text = path.read_text()
+        content = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path} is not a mapping of settings: write key: value lines; see docs/configuration.md")
+    return content

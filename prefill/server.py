@@ -108,7 +108,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 f"the handoff was not taken within {self._config.handoff_timeout_s} s; its blocks are released",
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             await context.abort(grpc.StatusCode.INTERNAL, f"prefill failed: {error}")
         finally:
             for task in (compute, events, commands):

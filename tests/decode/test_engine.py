@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,10 @@ from kvferry.decode.admission import Admission
 from kvferry.decode.cache import PackedCache
 from kvferry.decode.config import DecodeConfig
 from kvferry.decode.engine import DecodeEngine
+from kvferry.decode.running import RunningSequence
+from kvferry.decode.sequence import Sequence
 from kvferry.deploy.worker_server import ModelRuntime
+from kvferry.kernels.sampling import SamplingParams, TokenHistory
 from kvferry.kernels.spec import KVQuantSpec
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 
@@ -242,6 +246,52 @@ async def test_stopping_ends_the_requests(workers: Any, make_prompt: Any) -> Non
     assert not Inside.of(workers).leftovers()
 
 
+async def test_a_cancelled_request_keeps_its_room_while_a_step_uses_it(
+    workers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = Inside.of(workers)
+    step_began, go_on = threading.Event(), threading.Event()
+    batch = inside.cache.batch
+
+    def slow(**arguments: Any) -> Any:
+        step_began.set()
+        assert go_on.wait(20)
+        return batch(**arguments)
+
+    async def decode() -> None:
+        async with inside.admission.reserve(1, []) as mine:
+            running = RunningSequence(inside.engine)
+            sequence = Sequence(
+                num_prompt_tokens=1,
+                sampling=SamplingParams(),
+                history=TokenHistory.of([5]),
+                slot=mine.slot,
+                block_ids=mine.block_ids,
+                num_blocks=0,
+                tail_len=0,
+                last_token=5,
+                on_token=running.put,
+                on_error=running.put,
+                on_released=running.release,
+            )
+            async with running.hold(sequence):
+                await asyncio.Event().wait()
+
+    monkeypatch.setattr(inside.cache, "batch", slow)
+    task = asyncio.create_task(decode())
+    try:
+        assert await asyncio.to_thread(step_began.wait, 10)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0.05)
+            assert inside.admission.pool.num_used == 1
+    finally:
+        go_on.set()
+    await asyncio.wait([task], timeout=ROOM_S)
+    assert task.cancelled()
+    await inside.assert_all_free()
+
+
 # --- one failure -------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +387,6 @@ async def test_a_failed_step_ends_its_sequences_and_not_the_worker(
     assert [result.tokens for result in results] == expected
 
 
-@pytest.mark.xfail(strict=True, reason="Generate translates ValueError only: a failed step is UNKNOWN")
 async def test_a_failed_step_is_an_internal_error(
     workers: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,17 +2,19 @@
 
 import asyncio
 import importlib.util
+import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.grpc_options import server_options
-from kvferry.proto import inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvferry.proto import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 VOCAB_SIZE = 49152
 EOS = 2
@@ -51,6 +53,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
     num_running: int = 0
     num_cancelled: int = 0
     details: str = "scripted"
+    describe_delays: list = field(default_factory=list)
 
     @property
     def address(self):
@@ -67,6 +70,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
         await self.server.stop(None)
 
     async def Describe(self, request, context):
+        if self.describe_delays:
+            await asyncio.sleep(self.describe_delays.pop())
         return worker_pb2.WorkerInfo(
             model_name=self.model_name,
             roles=self.roles,
@@ -80,13 +85,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
     async def Generate(self, request, context):
         self.requests.append(request)
         self.num_running += 1
-        index = 0
+        index, cancelled = 0, True
         try:
             for item in self.script:
                 match item:
                     case float():
                         await asyncio.sleep(item)
                     case grpc.StatusCode():
+                        cancelled = False
                         await context.abort(item, self.details)
                     case int():
                         yield worker_pb2.TokenChunk(index=index, token_id=item)
@@ -94,10 +100,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
                     case _:
                         yield item
                         index += 1
-        except asyncio.CancelledError:
-            self.num_cancelled += 1
-            raise
-        finally:
+            cancelled = False
+        finally:  # a cancel shows as CancelledError in a sleep, as GeneratorExit in a yield
+            self.num_cancelled += cancelled
             self.num_running -= 1
 
 
@@ -204,6 +209,46 @@ class Lab:
         """`server` has an address: a gateway, or a wire to one."""
         channel = await self._stack.enter_async_context(grpc.aio.insecure_channel(server.address))
         return inference_pb2_grpc.InferenceStub(channel)
+
+    @staticmethod
+    def request(text="Hi", *, request_id="", **sampling):
+        return inference_pb2.GenerateRequest(
+            text=text, request_id=request_id, sampling=inference_pb2.Sampling(**sampling)
+        )
+
+    @staticmethod
+    async def refused(call):
+        """The status of a call that must fail, and its trailing metadata."""
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
+        return caught.value.code(), caught.value.details(), dict(caught.value.trailing_metadata())
+
+    @staticmethod
+    async def first(call):
+        return await anext(aiter(call))
+
+    @staticmethod
+    async def drain(call):
+        try:
+            async for _ in call:
+                pass
+        except grpc.aio.AioRpcError:
+            pass
+        return await call.code()
+
+    @staticmethod
+    async def eventually(condition, seconds=3.0):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "did not happen in time"
+            await asyncio.sleep(0.01)
+
+    @staticmethod
+    async def health(gateway, service=""):
+        async with grpc.aio.insecure_channel(gateway.address) as channel:
+            reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+            return reply.status
 
 
 @pytest.fixture

@@ -90,6 +90,18 @@ def test_random_bytes_join_to_the_full_decode(tokenizer, byte_ids, data):
 
 
 @slow
+@given(st.lists(st.sampled_from([0x80, 0xB8, 0xAD, 0xE4, 0xF0, 0x9F]), max_size=150))
+def test_long_runs_of_invalid_bytes_join_to_the_full_decode(tokenizer, byte_ids, data):
+    token_ids = [byte_ids[byte] for byte in data]
+    assert "".join(pieces(tokenizer, [[t] for t in token_ids])) == full(tokenizer, token_ids)
+
+
+def test_a_character_goes_on_after_tokens_without_text(tokenizer, byte_ids):
+    token_ids = [byte_ids[0xE4], *[60000] * 20, byte_ids[0xB8], byte_ids[0xAD]]
+    assert "".join(pieces(tokenizer, [[t] for t in token_ids])) == "中"
+
+
+@slow
 @given(st.text(max_size=60))
 def test_random_text_survives(tokenizer, text):
     token_ids = tokenizer.encode(text)
@@ -124,9 +136,11 @@ def test_special_tokens_are_no_text(tokenizer):
     assert "".join(pieces(tokenizer, [[t] for t in token_ids])) == " a b"
 
 
-def test_ids_outside_the_vocabulary_are_no_text(tokenizer):
+def test_ids_outside_the_vocabulary_are_no_text_and_cost_little(tokenizer):
     a, b = tokenizer.encode(" a"), tokenizer.encode(" b")
-    assert "".join(pieces(tokenizer, [a, [60000] * 200, b])) == " a b"
+    counter = CountingDecoder(tokenizer)
+    assert "".join(pieces(counter, [a, *[[60000]] * 500, b])) == " a b"
+    assert counter.num_tokens < 500 * 4
 
 
 def test_sentencepiece_spaces(sentencepiece_like):

@@ -176,7 +176,7 @@ async def test_the_event_loop_goes_on():
         before = time.monotonic()
         await asyncio.sleep(0.005)
         longest = max(longest, time.monotonic() - before)
-    assert longest < 0.2
+    assert longest < 0.28
     assert await running == [1]
 
 
