@@ -54,6 +54,11 @@ class HandoffReceiver:
         await self._stream.done()
         return self._tail.result()
 
+    def account(self) -> worker_pb2.PrefillUsage:
+        """Prefill's account of the request as far as it is known now: empty while prefill still publishes."""
+        known = self._finished.done() and self._finished.exception() is None
+        return self._finished.result() if known else worker_pb2.PrefillUsage()
+
     async def finished(self, timeout_s: float) -> worker_pb2.PrefillUsage:
         """Prefill's account of the request; empty when it is still publishing after `timeout_s`, or gone: the
         answer is complete and must not fail for want of an account."""

@@ -14,6 +14,7 @@ from kvferry.proto import worker_pb2, worker_pb2_grpc
 KEEPALIVE_OPTIONS = (
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.ping_timeout_ms", 2000),  # else a silent peer is noticed after 60 s only (grpcio 1.85)
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )

@@ -97,7 +97,7 @@ def answer_to_pb(answer: Answer) -> worker_pb2.TokenChunk:
         logprob=token.logprob or 0.0,
         top_logprobs=[worker_pb2.TokenLogprob(token_id=i, logprob=p) for i, p in token.top_logprobs],
         finish_reason=reason,
-        usage=usage_to_pb(answer.usage) if reason else None,
+        usage=usage_to_pb(answer.usage),
     )
 
 

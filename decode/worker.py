@@ -41,7 +41,7 @@ USAGE_TIMEOUT_S = 2.0
 class Answer(NamedTuple):
     event: TokenEvent
     usage: RequestUsage
-    """Complete with the last token."""
+    """So far; complete with the last token."""
 
 
 class DecodeWorker:
@@ -110,8 +110,9 @@ class DecodeWorker:
                 started = time.monotonic()
                 async with running.hold(sequence):
                     async for event in running.events():
+                        usage.decode_seconds = time.monotonic() - started
+                        usage.prefill = handoff.account()
                         if event.finish_reason:
-                            usage.decode_seconds = time.monotonic() - started
                             usage.prefill = await handoff.finished(USAGE_TIMEOUT_S)
                         yield Answer(event, usage)
 

@@ -27,7 +27,7 @@ import ray
 from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
 from kvferry.deploy.gateway_server import GatewayServer
-from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer
+from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kernels.spec import KVQuantSpec
@@ -136,6 +136,7 @@ async def make_gateway(settings: Settings, *, prefill: list[str], decode: list[s
             port=gateway.port,
             tenant=gateway.tenant,
             eos_token_ids=tuple(end_token_ids(source, tokenizer)),
+            tokenizer_digest=tokenizer_digest(tokenizer),
             limits=RequestLimits(
                 max_prompt_bytes=gateway.max_prompt_bytes,
                 max_new_tokens=gateway.max_new_tokens,

@@ -47,6 +47,7 @@ class GatewayConfig:
     port: int = 7600  # 0: any free port
     tenant: str = "default"  # cache namespace
     eos_token_ids: tuple[int, ...] = ()
+    tokenizer_digest: bytes = b""  # of the gateway's tokenizer; workers with another one are not used
     limits: RequestLimits = field(default_factory=RequestLimits)
     poll_interval_s: float = 1.0  # how often workers are asked what they are
     poll_timeout_s: float = 2.0

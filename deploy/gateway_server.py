@@ -41,6 +41,7 @@ class GatewayServer:
         self._health = health.aio.HealthServicer()
         self._pool = WorkerPool(
             model_name=config.model_name,
+            tokenizer_digest=config.tokenizer_digest,
             poll_interval_s=config.poll_interval_s,
             poll_timeout_s=config.poll_timeout_s,
             on_change=self._update_health,

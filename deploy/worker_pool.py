@@ -49,8 +49,11 @@ class PooledWorker:
         finally:
             self.num_outstanding -= 1
 
-    async def poll(self, *, model_name: str, timeout: float) -> None:
-        """Refreshes `info`; a worker that is gone loses it at once, a slow one after some polls."""
+    async def poll(self, *, model_name: str, tokenizer_digest: bytes, timeout: float) -> None:
+        """Refreshes `info`; a worker that is gone loses it at once, a slow one after some polls.
+
+        A worker of another model, or keyed for another tokenizer than the gateway's, is not usable.
+        """
         try:
             info = await self._describe(worker_pb2.DescribeRequest(), timeout=timeout)
         except grpc.aio.AioRpcError as error:
@@ -65,6 +68,8 @@ class PooledWorker:
             self.info, self.problem = None, f"serves model {info.model_name!r}"
         elif not info.HasField("identity"):
             self.info, self.problem = None, "does not say what identity its model has"
+        elif tokenizer_digest and info.identity.tokenizer_digest != tokenizer_digest:
+            self.info, self.problem = None, "has another tokenizer than the gateway"
         else:
             self.info, self.problem = info, ""
 
@@ -98,11 +103,13 @@ class WorkerPool:
         self,
         *,
         model_name: str,
+        tokenizer_digest: bytes = b"",
         poll_interval_s: float,
         poll_timeout_s: float,
         on_change: Callable[[], Awaitable[None]],
     ) -> None:
         self._model_name = model_name
+        self._tokenizer_digest = tokenizer_digest
         self._poll_interval_s = poll_interval_s
         self._poll_timeout_s = poll_timeout_s
         self._on_change = on_change
@@ -184,7 +191,9 @@ class WorkerPool:
         try:
             while True:
                 before = worker.info
-                await worker.poll(model_name=self._model_name, timeout=self._poll_timeout_s)
+                await worker.poll(
+                    model_name=self._model_name, tokenizer_digest=self._tokenizer_digest, timeout=self._poll_timeout_s
+                )
                 if worker.info != before:
                     _log_change(worker)
                     await self._on_change()

@@ -338,6 +338,8 @@ def _channel_options(config: ClientConfig) -> list[tuple[str, int]]:
         # gRPC's defaults notice a dead peer only at the deadline of a call.
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", keepalive_ms),
+        # Without this, a peer that is silent but connected is noticed after 60 s only (grpcio 1.85).
+        ("grpc.http2.ping_timeout_ms", keepalive_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # Heal within about a second; the default backs off up to two minutes.

@@ -68,7 +68,7 @@ class ClientConfig:
     # a request nothing, while every further live attempt at a stopped node costs a full timeout.
     failure_threshold: int = 1
     cool_down_s: float = 0.5  # between two probes of a node that does not answer
-    keepalive_s: float = 1.0  # ping interval and, again, how long the answer may take
+    keepalive_s: float = 2.0  # ping interval and, again, how long the answer may take
 
     def __post_init__(self) -> None:
         _require(":" in self.address, f"address must be host:port, not {self.address!r}")

@@ -112,6 +112,8 @@ def _server_options(config: NodeConfig) -> list[tuple[str, int]]:
         # Without keepalive a server never notices a stopped client and keeps its staging room.
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", keepalive_ms),
+        # Without this, a peer that is silent but connected is noticed after 60 s only (grpcio 1.85).
+        ("grpc.http2.ping_timeout_ms", keepalive_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # Clients ping once a second; by default a server answers that with "too_many_pings".

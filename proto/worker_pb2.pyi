@@ -518,7 +518,7 @@ class TokenChunk(_message.Message):
     def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]: ...
     @_builtins.property
     def usage(self) -> Global___DecodeUsage:
-        """on the last chunk"""
+        """so far; complete on the last chunk"""
 
     def __init__(
         self,

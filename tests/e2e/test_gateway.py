@@ -105,16 +105,19 @@ async def test_sampling_is_reproducible_by_seed(stack: Stack) -> None:
 
 
 async def test_stop_string_and_logprobs(stack: Stack) -> None:
-    plain = await stack.client.generate("A list of words:", max_tokens=24, top_logprobs=3)
+    prompt = f"A list of words: {text_of(60)}"
+    plain = await stack.client.generate(prompt, max_tokens=24, top_logprobs=3)
     assert len(plain.logprobs) == len(plain.token_ids) == 24
     for token_id, entry in zip(plain.token_ids, plain.logprobs, strict=True):
         assert entry.chosen.token_id == token_id
         assert entry.chosen.logprob == pytest.approx(max(top.logprob for top in entry.top))  # greedy
         assert len(entry.top) == 3
     stop = plain.text[10:14]
-    stopped = await stack.client.generate("A list of words:", max_tokens=24, stop=[stop])
+    stopped = await stack.client.generate(prompt, max_tokens=24, stop=[stop])
     assert stopped.finish_reason == "stop"
     assert stopped.text == plain.text[: plain.text.index(stop)]
+    assert stopped.usage.cached_tokens == (stopped.usage.prompt_tokens - 1) // 32 * 32 > 0
+    assert stopped.usage.kv_bytes_moved > 0
     assert await idle(stack) < 5.0
 
 
