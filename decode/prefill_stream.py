@@ -10,14 +10,7 @@ from typing import Self
 import grpc
 
 from kvferry.proto import worker_pb2, worker_pb2_grpc
-
-KEEPALIVE_OPTIONS = (
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.http2.ping_timeout_ms", 2000),  # else a silent peer is noticed after 60 s only (grpcio 1.85)
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-)
+from kvferry.proto.grpc_options import channel_options
 
 
 class PrefillFailed(Exception):
@@ -36,7 +29,7 @@ class PrefillChannels:
 
     def get(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=KEEPALIVE_OPTIONS)
+            self._channels[address] = grpc.aio.insecure_channel(address, options=channel_options(ping_while_idle=True))
         return self._channels[address]
 
     async def close(self) -> None:

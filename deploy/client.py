@@ -55,8 +55,8 @@ from kvferry.deploy.client_messages import (
     read_models,
     token_count,
 )
-from kvferry.deploy.grpc_options import channel_options
 from kvferry.proto import inference_pb2, inference_pb2_grpc
+from kvferry.proto.grpc_options import channel_options
 
 __all__ = [
     "DEFAULT_ADDRESS",

@@ -12,12 +12,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvferry.deploy.config import GatewayConfig, ModelLimits
 from kvferry.deploy.gateway import SERVICE, Gateway
-from kvferry.deploy.grpc_options import server_options
 from kvferry.deploy.interceptor import EdgeInterceptor
 from kvferry.deploy.prompt import Tokenizer
 from kvferry.deploy.router import LeastOutstanding, Router
 from kvferry.deploy.worker_pool import WorkerPool
 from kvferry.proto import inference_pb2_grpc
+from kvferry.proto.grpc_options import server_options
 
 # A prompt just over its limit still gets our sentence; a message beyond this is refused by gRPC, unread.
 _MESSAGE_OVERHEAD_BYTES = 2**20

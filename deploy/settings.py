@@ -5,7 +5,6 @@ Environment variables are KVFERRY_<KEY>, with __ between levels: KVFERRY_STORE__
 
 from __future__ import annotations
 
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,20 +18,14 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+from kvferry.kvstore.size import parse_size
 
 
-def parse_size(value: object) -> int:
-    """Bytes of "512MiB", "1.5GB" or a plain number. Raises ValueError."""
-    if isinstance(value, int):
-        return value
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(value))
-    if not match or match[2].upper() not in _UNITS:
-        raise ValueError(f"{value!r} is not a size: write for example 512MiB, 2GiB or 1000000")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+def _bytes(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
 
 
-Bytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 

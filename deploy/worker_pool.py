@@ -12,8 +12,8 @@ from typing import NamedTuple
 import grpc
 
 from kvferry.deploy.config import check_address
-from kvferry.deploy.grpc_options import channel_options
 from kvferry.proto import worker_pb2, worker_pb2_grpc
+from kvferry.proto.grpc_options import channel_options
 
 _logger = logging.getLogger(__name__)
 

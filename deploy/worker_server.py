@@ -15,7 +15,6 @@ from kvferry.decode.config import DecodeConfig
 from kvferry.decode.engine import DecodeEngine
 from kvferry.decode.server import DecodeServicer
 from kvferry.decode.worker import DecodeWorker
-from kvferry.deploy.grpc_options import server_options
 from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class, rows_are_invariant
 from kvferry.kernels.dispatch import Selection, select_kernels
@@ -27,6 +26,7 @@ from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
 from kvferry.prefill.server import PrefillServicer
 from kvferry.proto import worker_pb2, worker_pb2_grpc
+from kvferry.proto.grpc_options import server_options
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,20 +14,16 @@ from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
 from kvferry.kvstore.memory_backend import MemoryBackend
 from kvferry.kvstore.server import KVStoreServer
+from kvferry.kvstore.size import parse_size
 
 _log = logging.getLogger("kvferry.kvstore")
 
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
 
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 512MiB, 2GB or 1048576. Raises ArgumentTypeError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or float(match.group(1)) * unit < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 512MiB or 2GB")
-    return int(float(match.group(1)) * unit)
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:  # argparse shows the message of this one only
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,9 +31,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7700, help="0 lets the system pick one (default: %(default)s)")
     backend = parser.add_mutually_exclusive_group()
-    backend.add_argument("--memory", type=parse_size, default=1 << 30, help="capacity in memory (default: 1GiB)")
+    backend.add_argument("--memory", type=_size, default=1 << 30, help="capacity in memory (default: 1GiB)")
     backend.add_argument("--redis", metavar="URL", help="keep the records in this Redis instead")
-    parser.add_argument("--max-record", type=parse_size, default=64 << 20, help="largest record (default: 64MiB)")
+    parser.add_argument("--max-record", type=_size, default=64 << 20, help="largest record (default: 64MiB)")
     parser.add_argument("--grace", type=float, default=5.0, help="seconds for running calls after SIGTERM")
     return parser.parse_args(argv)
 

@@ -30,6 +30,7 @@ from kvferry.kvstore.record_stream import RecordAssembler
 from kvferry.kvstore.verifier import Verifier
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto import kvstore_pb2_grpc
+from kvferry.proto.grpc_options import Options, channel_options
 
 
 class LookupResult(NamedTuple):
@@ -91,7 +92,7 @@ class StoreClient:
             cool_down_s=config.cool_down_s,
             clock=clock,
         )
-        options = _channel_options(config)
+        options = _channel_options()
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(config.address, options=options, interceptors=list(interceptors))
         else:
@@ -330,24 +331,11 @@ def _translate(error: grpc.aio.AioRpcError, address: str, exhausted: type[KVStor
     return StoreUnavailable(f"the store at {address} answered {error.code().name}: {details}")
 
 
-def _channel_options(config: ClientConfig) -> list[tuple[str, int]]:
-    keepalive_ms = int(config.keepalive_s * 1000)
+def _channel_options() -> Options:
     return [
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        *channel_options(max_receive_bytes=MAX_MESSAGE_BYTES, ping_while_idle=True),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        # gRPC's defaults notice a dead peer only at the deadline of a call.
-        ("grpc.keepalive_time_ms", keepalive_ms),
-        ("grpc.keepalive_timeout_ms", keepalive_ms),
-        # Without this, a peer that is silent but connected is noticed after 60 s only (grpcio 1.85).
-        ("grpc.http2.ping_timeout_ms", keepalive_ms),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        # Heal within about a second; the default backs off up to two minutes.
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 1000),
-        ("grpc.max_reconnect_backoff_ms", 1000),
         # One client, one connection: another client's broken one must not fail this one.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_retries", 0),
-        ("grpc.enable_http_proxy", 0),
     ]

@@ -35,7 +35,6 @@ class NodeConfig:
     max_lease_s: float = 30.0
     max_keys_per_request: int = DEFAULT_MAX_KEYS
     max_concurrent_calls: int = 1024
-    keepalive_s: float = 2.0  # ping interval and, again, how long the answer may take
 
     def __post_init__(self) -> None:
         _require(0 <= self.port <= 65535, f"port must be 0..65535, not {self.port}")
@@ -50,7 +49,7 @@ class NodeConfig:
             f"max_keys_per_request must be 1..{DEFAULT_MAX_KEYS} (the keys must fit one message)",
         )
         _require(self.max_concurrent_calls >= 1, "max_concurrent_calls must be positive")
-        for name in ("staging_timeout_s", "stalled_reader_s", "keepalive_s"):
+        for name in ("staging_timeout_s", "stalled_reader_s"):
             _require(getattr(self, name) > 0, f"{name} must be positive")
 
 
@@ -68,7 +67,6 @@ class ClientConfig:
     # a request nothing, while every further live attempt at a stopped node costs a full timeout.
     failure_threshold: int = 1
     cool_down_s: float = 0.5  # between two probes of a node that does not answer
-    keepalive_s: float = 2.0  # ping interval and, again, how long the answer may take
 
     def __post_init__(self) -> None:
         _require(":" in self.address, f"address must be host:port, not {self.address!r}")
@@ -80,6 +78,5 @@ class ClientConfig:
             "put_timeout_s",
             "progress_timeout_s",
             "cool_down_s",
-            "keepalive_s",
         ):
             _require(getattr(self, name) > 0, f"{name} must be positive")

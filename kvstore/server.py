@@ -14,6 +14,7 @@ from kvferry.kvstore.config import MAX_MESSAGE_BYTES, NodeConfig
 from kvferry.kvstore.interceptor import SERVICE_NAME, ErrorInterceptor
 from kvferry.kvstore.node import KVStoreNode, NodeCounters
 from kvferry.proto import kvstore_pb2_grpc
+from kvferry.proto.grpc_options import Options, server_options
 
 _HEALTH_NAMES = (health.OVERALL_HEALTH, SERVICE_NAME)
 
@@ -64,7 +65,7 @@ class KVStoreServer:
                 *self._interceptors,
                 ErrorInterceptor(stalled_reader_s=self._config.stalled_reader_s),
             ),
-            options=_server_options(self._config),
+            options=_server_options(),
             maximum_concurrent_rpcs=self._config.max_concurrent_calls,
         )
         kvstore_pb2_grpc.add_KVStoreServicer_to_server(self._node, server)
@@ -102,22 +103,9 @@ def _join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _server_options(config: NodeConfig) -> list[tuple[str, int]]:
-    keepalive_ms = int(config.keepalive_s * 1000)
+def _server_options() -> Options:
     return [
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        *server_options(max_receive_bytes=MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        # A second node on the same port must fail, not share its traffic.
-        ("grpc.so_reuseport", 0),
-        # Without keepalive a server never notices a stopped client and keeps its staging room.
-        ("grpc.keepalive_time_ms", keepalive_ms),
-        ("grpc.keepalive_timeout_ms", keepalive_ms),
-        # Without this, a peer that is silent but connected is noticed after 60 s only (grpcio 1.85).
-        ("grpc.http2.ping_timeout_ms", keepalive_ms),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        # Clients ping once a second; by default a server answers that with "too_many_pings".
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 200),
-        ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_metadata_size", 16 << 10),
     ]

@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
 from kvferry.deploy.gateway_server import GatewayServer
-from kvferry.deploy.grpc_options import server_options
 from kvferry.proto import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvferry.proto.grpc_options import server_options
 
 VOCAB_SIZE = 49152
 EOS = 2

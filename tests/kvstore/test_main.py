@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvferry.kvstore import ClientConfig, Namespace, StoreClient, block_keys
-from kvferry.kvstore.__main__ import main, parse_size
+from kvferry.kvstore.__main__ import main
 
 
 @pytest.mark.parametrize("backend", ["memory", "redis"])
@@ -47,20 +46,6 @@ async def test_serves_and_drains_on_sigterm(
         node.signal(signal.SIGTERM)
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert await asyncio.to_thread(node.popen.wait, 15) == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("1", 1), ("1024", 1024), ("2GB", 2 * 10**9), ("1GiB", 1 << 30), ("0.5 mib", 1 << 19)],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1XB", "1 2", "0", "1e9", "nan"])
-def test_bad_sizes(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="not a size"):
-        parse_size(text)
 
 
 @pytest.mark.parametrize(

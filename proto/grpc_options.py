@@ -1,7 +1,7 @@
-"""Channel and server options: dead peers are found within about 3 s, and lost peers are found again within 1 s.
+"""Options of every channel and server: dead peers are found within about 3 s, and lost ones found again within 1 s.
 
 gRPC's own defaults let a call wait for its deadline when the peer is gone without a word. A server must allow the
-pings of its clients, else it ends the connection with `too_many_pings`; so worker servers need `server_options` too.
+pings of its clients, else it ends the connection with `too_many_pings`; so every server needs `server_options`.
 
 `keepalive_timeout_ms` alone does nothing (grpcio 1.85: a peer that is stopped was not noticed in 12 s; see
 https://github.com/grpc/grpc/pull/39239): the answer to a ping is awaited for `ping_timeout_ms`, 60 s by default. With
@@ -16,12 +16,13 @@ KEEPALIVE_TIME_MS = 1_000
 KEEPALIVE_TIMEOUT_MS = 2_000
 
 
-def channel_options(*, max_receive_bytes: int = 4 * 2**20) -> Options:
+def channel_options(*, max_receive_bytes: int = 4 * 2**20, ping_while_idle: bool = False) -> Options:
+    """`ping_while_idle` finds a silent peer before the next call does, for a ping a second."""
     return [
         ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-        ("grpc.keepalive_permit_without_calls", 0),
+        ("grpc.keepalive_permit_without_calls", int(ping_while_idle)),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 500),
