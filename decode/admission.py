@@ -56,6 +56,17 @@ class Admission:
                 f"the request needs {num_blocks} blocks and this worker's pool has "
                 f"{self.pool.num_blocks}: shorten it, or start the worker with more --kv-memory"
             )
+        reservation = self._try(num_blocks, keys) if self.num_waiting == 0 else None
+        if reservation is None:
+            reservation = await self._wait(num_blocks, keys)
+        try:
+            yield reservation
+        finally:
+            self._slots.append(reservation.slot)
+            self.pool.release(reservation.block_ids)
+            self._freed.set()
+
+    async def _wait(self, num_blocks: int, keys: list[bytes]) -> Reservation:
         if self.num_waiting >= self._max_waiting:
             raise WorkerFull(f"{self.num_waiting} requests wait for room already; try again later")
         self.num_waiting += 1
@@ -64,14 +75,9 @@ class Admission:
                 while (reservation := self._try(num_blocks, keys)) is None:
                     self._freed.clear()
                     await self._freed.wait()
+                return reservation
         finally:
             self.num_waiting -= 1
-        try:
-            yield reservation
-        finally:
-            self._slots.append(reservation.slot)
-            self.pool.release(reservation.block_ids)
-            self._freed.set()
 
     def _try(self, num_blocks: int, keys: list[bytes]) -> Reservation | None:
         if not self._slots:

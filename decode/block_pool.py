@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
 
 class OutOfBlocks(Exception):
@@ -19,8 +20,10 @@ class BlockPool:
         evictable   ref count 0, content kept under a key   in `_evictable`, oldest first
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, *, on_drop: Callable[[int], None] = lambda block_id: None) -> None:
+        """`on_drop` is called with each block whose content is given up."""
         self.num_blocks = num_blocks
+        self._on_drop = on_drop
         self._free: deque[int] = deque(range(num_blocks))
         self._ref_counts: dict[int, int] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
@@ -50,6 +53,7 @@ class BlockPool:
             else:
                 block_id, _ = self._evictable.popitem(last=False)
                 del self._id_of_key[self._key_of_id.pop(block_id)]
+                self._on_drop(block_id)
             self._ref_counts[block_id] = 1
             taken.append(block_id)
         return taken
@@ -82,6 +86,7 @@ class BlockPool:
                 self._evictable[block_id] = None
             else:
                 self._free.append(block_id)
+                self._on_drop(block_id)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every block is in exactly one state. Changes nothing."""

@@ -41,6 +41,10 @@ class PackedCache:
         if sinks is not None:
             self._sinks_of_block[block_id] = sinks.to(self.device)
 
+    def forget(self, block_id: int) -> None:
+        """The block's content is given up."""
+        self._sinks_of_block.pop(block_id, None)
+
     def use_sinks(self, slot: int, block_id: int) -> None:
         """Gives a sequence the sinks that came with its first block."""
         self.sinks[slot].copy_(self._sinks_of_block[block_id])

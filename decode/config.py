@@ -18,7 +18,8 @@ class DecodeConfig:
     """Keep the blocks of finished prompts in the pool while there is room; off, each request fetches all blocks."""
     max_waiting: int = 128
     """Requests that may wait for room; more are shed with RESOURCE_EXHAUSTED."""
-    fetch_timeout_s: float = 30.0
-    """Longest fetch of one run of blocks from the store; a stalled one is abandoned much earlier."""
+    fetch_timeout_s: float = 5.0
+    """Longest fetch of one run of blocks from the store, and never more than a quarter of the request's time; a silent
+    store is given up much earlier by the store client. What did not come by then is taken from prefill."""
     prefill_timeout_s: float = 600.0
     """Longest wait for a prefill worker, when the request has no deadline of its own."""

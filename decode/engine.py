@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
@@ -21,14 +22,22 @@ logger = logging.getLogger(__name__)
 class DecodeEngine:
     """Runs sequences until they finish. They join and leave between steps.
 
-    The batch is padded to a row count at which a row's bits don't depend on the count, so a sequence's tokens don't
-    depend on its company.
+    The batch is padded to a row count (`pad_rows`) at which a row's bits don't depend on the count, so a sequence's
+    tokens don't depend on its company.
     """
 
-    def __init__(self, model: CausalModel, kernels: PackedKernels, cache: PackedCache) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        kernels: PackedKernels,
+        cache: PackedCache,
+        *,
+        pad_rows: Callable[[int], int] = padded_rows,
+    ) -> None:
         self._model = model
         self._kernels = kernels
         self._cache = cache
+        self._pad_rows = pad_rows
         self._joining: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._wake = threading.Condition()
@@ -94,7 +103,7 @@ class DecodeEngine:
             slots=[s.slot for s in sequences],
             tail_lens=[s.tail_len for s in sequences],
         )
-        padding = [0] * (padded_rows(len(sequences)) - len(sequences))
+        padding = [0] * (self._pad_rows(len(sequences)) - len(sequences))
         device = self._cache.device
         hidden = self._model.hidden(
             torch.tensor([s.last_token for s in sequences] + padding, device=device),
@@ -115,7 +124,7 @@ class DecodeEngine:
             reason = finish_reason(token.token_id, sequence.history, sequence.sampling)
             if not reason and sequence.tail_len == self._cache.layout.block_size:
                 self._pack_tail(sequence)
-        except ValueError as error:
+        except Exception as error:  # one row's failure must not end the batch
             self._fail(sequence, error)
             return False
         sequence.last_token = token.token_id

@@ -121,6 +121,7 @@ class BlockFetcher:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _from_store(self) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,11 +24,16 @@ class HandoffReceiver:
         self._fetcher = fetcher
         self._first: asyncio.Future[worker_pb2.TokenChunk] = asyncio.Future()
         self._tail: asyncio.Future[bytes] = asyncio.Future()
+        self._so_far: asyncio.Future[worker_pb2.PrefillUsage] = asyncio.Future()
         self._finished: asyncio.Future[worker_pb2.PrefillUsage] = asyncio.Future()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        await self._stream.__aenter__()
+        try:
+            await self._stream.start()
+        except BaseException:
+            self._stream.close()
+            raise
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._fetcher.run())]
         return self
 
@@ -37,46 +43,51 @@ class HandoffReceiver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._stream.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._stream.__aexit__(kind, error, trace)
 
     async def first_token(self) -> worker_pb2.TokenChunk:
         """The token that prefill sampled; its blocks may still be on the way."""
         await self._until(self._first)
         return self._first.result()
 
-    async def complete(self) -> bytes:
-        """Waits until every block is in the pool; returns the tail."""
+    async def complete(self, tail_bytes: int) -> bytes:
+        """Waits until every block is in the pool; returns the tail, which must have `tail_bytes`."""
         await self._until(self._tail)
+        if len(self._tail.result()) != tail_bytes:
+            raise PrefillFailed(grpc.StatusCode.UNAVAILABLE, "the prefill worker sent a tail of another length")
         await self._until(self._tasks[1])
         await self._stream.done()
         return self._tail.result()
 
     def account(self) -> worker_pb2.PrefillUsage:
-        """Prefill's account of the request as far as it is known now: empty while prefill still publishes."""
-        known = self._finished.done() and self._finished.exception() is None
-        return self._finished.result() if known else worker_pb2.PrefillUsage()
+        """Prefill's account of the request as far as it is known now; what is still being published may lack."""
+        for known in (self._finished, self._so_far):
+            if known.done() and not known.cancelled() and known.exception() is None:
+                return known.result()
+        return worker_pb2.PrefillUsage()
 
     async def finished(self, timeout_s: float) -> worker_pb2.PrefillUsage:
-        """Prefill's account of the request; empty when it is still publishing after `timeout_s`, or gone: the
-        answer is complete and must not fail for want of an account."""
-        try:
+        """Prefill's whole account, or after `timeout_s`, or when prefill is gone, what is known of it: the answer
+        is complete and must neither wait nor fail for want of an account."""
+        with suppress(TimeoutError, PrefillFailed):
             async with asyncio.timeout(timeout_s):
                 await self._until(self._finished)
-        except (TimeoutError, PrefillFailed):
-            return worker_pb2.PrefillUsage()
-        return self._finished.result()
+        return self.account()
 
     async def _until(self, wanted: asyncio.Future[Any]) -> None:
-        """Waits for `wanted`; raises instead when one of the tasks fails before."""
+        """Waits for `wanted`; raises instead when one of the tasks fails before, or nothing more can come."""
+        reader, _ = self._tasks
         while not wanted.done():
             pending = [task for task in self._tasks if not task.done()]
             await asyncio.wait([wanted, *pending], return_when=asyncio.FIRST_COMPLETED)
             for task in self._tasks:
                 if task.done():
                     task.result()
+            if reader.done() and not wanted.done():
+                raise PrefillFailed(grpc.StatusCode.UNAVAILABLE, "the prefill worker ended its stream too early")
 
     def _receive(self, frame: worker_pb2.BlockFrame) -> None:
         try:
@@ -96,12 +107,13 @@ class HandoffReceiver:
                     self._receive(event.block)
                 case "handoff":
                     tail_bytes = event.handoff.tail_bytes
+                    self._so_far.set_result(event.handoff.usage)
                     self._first.set_result(event.handoff.first_token)
                 case "tail_chunk":
                     tail += event.tail_chunk
+                    if len(tail) > tail_bytes:
+                        raise PrefillFailed(grpc.StatusCode.UNAVAILABLE, "the prefill worker sent too long a tail")
                 case "finished":
                     self._finished.set_result(event.finished)
             if len(tail) == tail_bytes and not self._tail.done():
                 self._tail.set_result(bytes(tail))
-        if not self._finished.done():
-            raise ValueError("the prefill worker ended the stream before it had finished")

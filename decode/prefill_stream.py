@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from types import TracebackType
-from typing import Self
 
 import grpc
 
@@ -38,7 +36,7 @@ class PrefillChannels:
 
 
 class PrefillStream:
-    """One request's stream to a prefill worker; leaving the context releases its blocks there."""
+    """One request's stream to a prefill worker. Close it."""
 
     def __init__(
         self,
@@ -54,16 +52,12 @@ class PrefillStream:
         self._call = stub.Prefill(timeout=timeout_s)
         self._write_lock = asyncio.Lock()
 
-    async def __aenter__(self) -> Self:
+    async def start(self) -> None:
+        """Sends the request."""
         await self._write(worker_pb2.PrefillCommand(start=self._start))
-        return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends the stream, which releases the request's blocks on the worker. Safe to call twice."""
         self._call.cancel()
 
     async def ask(self, indices: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -12,9 +13,11 @@ from kvferry.decode.config import DecodeConfig
 from kvferry.decode.prefill_stream import PrefillChannels, PrefillFailed, PrefillStream
 from kvferry.decode.running import DecodeFailed
 from kvferry.decode.worker import Answer, DecodeWorker, RequestUsage
-from kvferry.kernels.sampling import SamplingParams
+from kvferry.kernels.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from kvferry.kvstore.identity import namespace_of
 from kvferry.proto import worker_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.TokenChunk]
 
@@ -22,9 +25,12 @@ Context = grpc.aio.ServicerContext[worker_pb2.DecodeRequest, worker_pb2.TokenChu
 class DecodeServicer(worker_pb2_grpc.DecodeServicer):
     """Checks requests, runs them on the worker and translates its answers."""
 
-    def __init__(self, *, worker: DecodeWorker, info: worker_pb2.WorkerInfo, config: DecodeConfig) -> None:
+    def __init__(
+        self, *, worker: DecodeWorker, info: worker_pb2.WorkerInfo, vocab_size: int, config: DecodeConfig
+    ) -> None:
         self._worker = worker
         self._info = info
+        self._vocab_size = vocab_size
         self._config = config
         self._channels = PrefillChannels()
 
@@ -40,6 +46,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             sampling=SamplingParams.of(request.sampling),
             namespace=namespace_of(self._info.identity, tenant=request.tenant, block_size=self._info.block_size),
             open_prefill=lambda: self._open_prefill(request, context),
+            remaining_s=context.time_remaining(),
         )
         try:
             async with aclosing(answers):
@@ -51,7 +58,9 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except PrefillFailed as error:
             await context.abort(error.code, str(error))
-        except (DecodeFailed, ValueError) as error:
+        except Exception as error:  # the edge: whatever failed, the caller is told
+            if not isinstance(error, DecodeFailed | ValueError):
+                logger.exception("a decode request failed")
             await context.abort(grpc.StatusCode.INTERNAL, f"decode failed: {error}")
 
     async def _check(self, request: worker_pb2.DecodeRequest, context: Context) -> None:
@@ -66,6 +75,10 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
                 f"{len(request.token_ids)} prompt tokens and max_tokens {request.sampling.max_tokens} "
                 f"are over the model's {self._info.max_model_len}"
             )
+        elif max(request.token_ids) >= self._vocab_size:
+            problem = f"a token id is not below {self._vocab_size}"
+        elif request.sampling.top_logprobs > MAX_TOP_LOGPROBS:
+            problem = f"top_logprobs must be at most {MAX_TOP_LOGPROBS}"
         elif not request.tenant or not request.prefill_address:
             problem = "tenant and prefill_address must be set"
         if problem:

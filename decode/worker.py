@@ -34,8 +34,8 @@ class RequestUsage:
     decode_seconds: float = 0.0
 
 
-USAGE_TIMEOUT_S = 2.0
-"""How long the last token may wait for prefill to finish publishing and account for itself."""
+USAGE_TIMEOUT_S = 0.2
+"""How long the last token may wait for prefill to finish publishing, so that its account is whole."""
 
 
 class Answer(NamedTuple):
@@ -59,7 +59,7 @@ class DecodeWorker:
         self._cache = cache
         self._store = store
         self._config = config
-        self._pool = BlockPool(cache.pool.shape[0])
+        self._pool = BlockPool(cache.pool.shape[0], on_drop=cache.forget)
         self.admission = Admission(self._pool, num_slots=config.max_num_seqs, max_waiting=config.max_waiting)
 
     async def generate(
@@ -69,29 +69,33 @@ class DecodeWorker:
         sampling: SamplingParams,
         namespace: Namespace,
         open_prefill: Callable[[], PrefillStream],
+        remaining_s: float | None,
     ) -> AsyncGenerator[Answer]:
-        """Yields the answer's tokens in order. Closing the generator stops the work and frees the room."""
+        """Yields the answer's tokens in order. Closing the generator stops the work and frees the room.
+
+        `remaining_s`: until the request's deadline; None without one.
+        """
         keys = block_keys(namespace, token_ids)
         # The last token's K and V are never needed, so the longest cache is one token short of prompt + answer.
         num_blocks = (len(token_ids) + sampling.max_tokens - 1) // namespace.block_size
+        tail_bytes = len(token_ids) % namespace.block_size * self._cache.layout.bytes_per_token_bf16
         usage = RequestUsage()
         async with self.admission.reserve(num_blocks, keys) as reservation:
             usage.num_local_tokens = len(reservation.shared) * namespace.block_size
             stream = open_prefill()
-            fetcher = self._fetcher(keys, namespace, reservation, stream)
+            fetcher = self._fetcher(keys, namespace, reservation, stream, remaining_s)
             usage.transfer = fetcher.usage
             async with HandoffReceiver(stream, fetcher) as handoff:
                 chunk = await handoff.first_token()
                 history = TokenHistory.of(token_ids)
                 history.append(chunk.token_id)
                 reason = finish_reason(chunk.token_id, history, sampling)
-                if reason:
-                    usage.prefill = await handoff.finished(USAGE_TIMEOUT_S)
+                usage.prefill = await handoff.finished(USAGE_TIMEOUT_S) if reason else handoff.account()
                 yield Answer(_first_event(chunk, sampling, reason), usage)
                 if reason:
                     return
                 handed_over = time.monotonic()
-                tail_len = self._take_tail(await handoff.complete(), reservation, fetcher.usage)
+                tail_len = self._take_tail(await handoff.complete(tail_bytes), reservation, fetcher.usage)
                 usage.transfer_seconds = time.monotonic() - handed_over
                 running = RunningSequence(self._engine)
                 sequence = Sequence(
@@ -128,6 +132,7 @@ class DecodeWorker:
         namespace: Namespace,
         reservation: Reservation,
         stream: PrefillStream,
+        remaining_s: float | None,
     ) -> BlockFetcher:
         def loaded(index: int) -> None:
             if self._config.prefix_caching:
@@ -147,7 +152,7 @@ class DecodeWorker:
             store=self._store,
             ask_prefill=stream.ask,
             loaded=loaded,
-            timeout_s=self._config.fetch_timeout_s,
+            timeout_s=min(self._config.fetch_timeout_s, (remaining_s or float("inf")) / 4),
         )
 
 

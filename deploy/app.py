@@ -23,6 +23,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+import torch
 
 from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
@@ -74,15 +75,19 @@ class StoreActor:
 class WorkerActor:
     """A prefill or decode worker: `config` decides which."""
 
-    async def start(self, model: ModelConfig, config: PrefillConfig | DecodeConfig, store_address: str) -> str:
+    async def start(
+        self, model: ModelConfig, config: PrefillConfig | DecodeConfig, store_address: str, threads: int
+    ) -> str:
         _log_to_stderr()
         tune_malloc()
-        runtime = await asyncio.to_thread(ModelRuntime, model)
-        self._server = WorkerServer(runtime, config=config, store_address=store_address)
+        torch.set_num_threads(threads)
+        self._runtime = await asyncio.to_thread(ModelRuntime, model)
+        self._server = WorkerServer(self._runtime, config=config, store_address=store_address)
         return await self._server.start()
 
     async def stop(self) -> None:
         await self._server.stop()
+        await asyncio.to_thread(self._runtime.close)
 
     async def pid(self) -> int:
         return os.getpid()
@@ -113,7 +118,6 @@ def model_config(settings: Settings) -> ModelConfig:
         device=settings.device,
         dtype=settings.dtype,
         kernels=settings.kernels,
-        threads=settings.threads or os.cpu_count() or 1,
         max_model_len=settings.max_model_len,
     )
 
@@ -207,6 +211,7 @@ class Deployment:
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
         self.store_address = self._launch("store", StoreActor, settings)
         model = model_config(settings)
+        threads = settings.threads or os.cpu_count() or 1
         prefill_configs = [
             PrefillConfig(
                 host=settings.prefill.host,
@@ -226,7 +231,7 @@ class Deployment:
             for i in range(settings.decode.count)
         ]
         pending = {
-            name: self._begin(name, WorkerActor, model, config, self.store_address, num_gpus=gpus)
+            name: self._begin(name, WorkerActor, model, config, self.store_address, threads, num_gpus=gpus)
             for name, config in (
                 *((f"prefill-{i}", c) for i, c in enumerate(prefill_configs)),
                 *((f"decode-{i}", c) for i, c in enumerate(decode_configs)),

@@ -21,11 +21,10 @@ from kvferry.decode.cache import PackedCache
 from kvferry.decode.engine import DecodeEngine
 from kvferry.decode.sequence import Sequence, TokenEvent
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime
-from kvferry.kernels.sampling import SampledToken, SamplingParams, TokenHistory
-from kvferry.prefill.engine import PrefillJob
-from kvferry.prefill.prompt_blocks import PromptBlocks
+from kvferry.kernels.sampling import SamplingParams, TokenHistory
 
 STEP_TIMEOUT_S = 120.0
+PREFILL_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class _PackedDecoder:
     """One sequence in the product's decode engine."""
 
     def __init__(self, runtime: ModelRuntime, token_ids: list[int]) -> None:
-        blocks, first = _prefill(runtime, token_ids)
+        blocks, first = runtime.engine.compute(token_ids, timeout_s=PREFILL_TIMEOUT_S)
         kernels, layout = runtime.selection.kernels, runtime.layout
         spare = 8
         cache = PackedCache(
@@ -161,32 +160,6 @@ class _PlainDecoder:
             self._next = self._forward(self._next)
             seconds.append(time.perf_counter() - started)
         return seconds
-
-
-def _prefill(runtime: ModelRuntime, token_ids: list[int]) -> tuple[PromptBlocks, SampledToken]:
-    blocks = runtime.engine.new_blocks(len(token_ids))
-    done = threading.Event()
-    outcome: list[SampledToken | Exception] = []
-
-    def finish(result: SampledToken | Exception) -> None:
-        outcome.append(result)
-        done.set()
-
-    runtime.engine.submit(
-        PrefillJob(
-            token_ids=token_ids,
-            sampling=SamplingParams(),
-            blocks=blocks,
-            on_block=lambda index: None,
-            on_done=finish,
-            on_error=finish,
-        )
-    )
-    if not done.wait(STEP_TIMEOUT_S * 10):
-        raise TimeoutError("prefill did not finish")
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return blocks, outcome[0]
 
 
 def _short(dtype: torch.dtype) -> str:

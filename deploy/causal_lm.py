@@ -16,6 +16,7 @@ from kvferry.kernels.forward import AttentionStep
 
 ATTENTION_NAME = "kvferry_packed"
 SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class UnsupportedModel(ValueError):
@@ -56,6 +57,13 @@ def check_supported(config: PretrainedConfig) -> None:
         raise UnsupportedModel(
             f"model family {family!r} is not supported; kvferry serves {', '.join(SUPPORTED_FAMILIES)}"
         )
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in STATIC_ROPE_TYPES:
+        # Their rotation depends on the longest position in the forward pass, so on a request's company in the batch.
+        raise UnsupportedModel(
+            f"rope type {rope_type!r} is not supported; kvferry serves {', '.join(STATIC_ROPE_TYPES)}"
+        )
     layer_types = getattr(config, "layer_types", None) or []
     if any(kind != "full_attention" for kind in layer_types):
         raise UnsupportedModel(
@@ -79,6 +87,11 @@ class TransformersModel:
         self.vocab_size: int = config.vocab_size
         self.max_model_len: int = config.max_position_embeddings
         self.hidden_size: int = config.hidden_size
+
+    def distinct_linears(self) -> list[torch.nn.Linear]:
+        """One linear layer of each shape that a forward pass uses."""
+        linears = [m for m in self._model.modules() if isinstance(m, torch.nn.Linear)]
+        return list({(m.in_features, m.out_features, m.bias is None): m for m in linears}.values())
 
     @torch.inference_mode()
     def hidden(self, token_ids: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:

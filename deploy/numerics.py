@@ -7,17 +7,18 @@ packs for a fixed prompt. Two workers of one class have shown that they agree on
 from __future__ import annotations
 
 import hashlib
-import threading
 
 import torch
 import transformers
 
+from kvferry.deploy.causal_lm import TransformersModel
 from kvferry.deploy.models import LoadedModel
-from kvferry.kernels.forward import ROW_COUNTS, CausalModel
-from kvferry.kernels.sampling import SampledToken, SamplingParams
-from kvferry.prefill.engine import PrefillEngine, PrefillJob
+from kvferry.kernels.forward import padded_rows
+from kvferry.prefill.engine import PrefillEngine
 
 PROBE_TIMEOUT_S = 300.0
+PROBE_TAILS = (1, 5, 11, 27)
+"""Tokens after the first block: rows at each of the row counts that take other code in a matmul."""
 
 
 def numerics_class(loaded: LoadedModel, engine: PrefillEngine, *, kernels_name: str, rows_invariant: bool) -> bytes:
@@ -32,7 +33,7 @@ def numerics_class(loaded: LoadedModel, engine: PrefillEngine, *, kernels_name: 
         f"rows-invariant={rows_invariant}",
         f"torch={torch.__version__}",
         f"transformers={transformers.__version__}",
-        f"probe={probe(engine, loaded.model.vocab_size).hex()}",
+        f"probe={probe(engine).hex()}",
     ]
     digest = hashlib.sha256()
     for fact in facts:
@@ -41,45 +42,27 @@ def numerics_class(loaded: LoadedModel, engine: PrefillEngine, *, kernels_name: 
     return digest.digest()
 
 
-def probe(engine: PrefillEngine, vocab_size: int) -> bytes:
-    """SHA-256 over the packed blocks and the tail of a fixed prompt: two blocks and five tokens."""
+def probe(engine: PrefillEngine) -> bytes:
+    """SHA-256 over the packed blocks and the tails of fixed prompts, which end at several widths."""
     block_size = engine.layout.block_size
-    token_ids = [(i * i * 31 + i * 17 + 7) % vocab_size for i in range(2 * block_size + 5)]
-    done = threading.Event()
-    failures: list[Exception] = []
-
-    def fail(error: Exception) -> None:
-        failures.append(error)
-        done.set()
-
-    def finish(_: SampledToken) -> None:
-        done.set()
-
-    blocks = engine.new_blocks(len(token_ids))
-    engine.submit(
-        PrefillJob(
-            token_ids=token_ids,
-            sampling=SamplingParams(max_tokens=1),
-            blocks=blocks,
-            on_block=lambda index: None,
-            on_done=finish,
-            on_error=fail,
-        )
-    )
-    if not done.wait(PROBE_TIMEOUT_S):
-        raise TimeoutError(f"the numerics probe did not finish within {PROBE_TIMEOUT_S} s")
-    if failures:
-        raise failures[0]
     digest = hashlib.sha256()
-    for index in range(blocks.num_blocks):
-        digest.update(blocks.payload(index))
-    digest.update(blocks.tail_bytes())
+    for tail in PROBE_TAILS:
+        token_ids = [(i * i * 31 + i * 17 + 7 * tail) % engine.vocab_size for i in range(block_size + tail)]
+        blocks, _ = engine.compute(token_ids, timeout_s=PROBE_TIMEOUT_S)
+        digest.update(blocks.payload(0))
+        digest.update(blocks.tail_bytes())
     return digest.digest()
 
 
-def rows_are_invariant(model: CausalModel, hidden_size: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a row of the output projection has the same bits at every row count that decode pads to."""
+def rows_are_invariant(model: TransformersModel, *, max_rows: int) -> bool:
+    """Whether a row of each of the model's matmuls has the same bits at every row count that decode pads to, up to
+    `max_rows`. It is a property of the library and the chip, so it is tried on the machine."""
+    counts = sorted({padded_rows(n) for n in range(1, min(max_rows, 48) + 1)} | {padded_rows(max_rows)})
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(64, hidden_size, generator=generator).to(device=device, dtype=dtype)
-    wide = model.logits(rows)
-    return all(torch.equal(model.logits(rows[:n].contiguous()), wide[:n]) for n in (*ROW_COUNTS, 12, 13, 16, 32))
+    with torch.inference_mode():
+        for linear in model.distinct_linears():
+            rows = torch.randn(counts[-1], linear.in_features, generator=generator).to(linear.weight)
+            widest = linear(rows)
+            if not all(torch.equal(linear(rows[:n].contiguous()), widest[:n]) for n in counts):
+                return False
+    return True

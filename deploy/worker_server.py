@@ -18,10 +18,11 @@ from kvferry.decode.worker import DecodeWorker
 from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class, rows_are_invariant
 from kvferry.kernels.dispatch import Selection, select_kernels
+from kvferry.kernels.forward import padded_rows
 from kvferry.kernels.layout import LAYOUT_VERSION, BlockLayout
 from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore.client import StoreClient
-from kvferry.kvstore.config import ClientConfig
+from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES, ClientConfig
 from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
 from kvferry.prefill.server import PrefillServicer
@@ -30,8 +31,11 @@ from kvferry.proto.grpc_options import server_options
 
 logger = logging.getLogger(__name__)
 
+RECORD_OVERHEAD_BYTES = 256
+INVARIANT_ROWS = 256
+"""Row counts up to this one are tried at start; larger batches get a fixed row count."""
 REPORTED_CONTEXT = 4096
-"""Tokens at which effective bits are stated."""
+"""Tokens around which effective bits are stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,6 @@ class ModelConfig:
     dtype: str = "auto"
     kernels: str | None = None
     """"reference", "cpu" or "triton"; None chooses."""
-    threads: int = 0
-    """Threads of a CPU worker; 0 leaves torch's choice."""
     max_model_len: int = 0
     """0: the model's own window."""
 
@@ -56,8 +58,6 @@ class ModelRuntime:
     """A loaded model with its kernels, layout, probe and identity."""
 
     def __init__(self, config: ModelConfig) -> None:
-        if config.threads:
-            torch.set_num_threads(config.threads)
         device = _device(config.device)
         source = find_model(config.model)
         self._served_name = config.served_name or source.name
@@ -74,14 +74,15 @@ class ModelRuntime:
         logger.info("%s", self.selection.reason)
         self.engine = PrefillEngine(model, self.selection.kernels, self.layout, device)
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
-        invariant = rows_are_invariant(model, model.hidden_size, device, model.dtype)
-        self.identity = self._identity(invariant)
-        if not invariant:
-            logger.warning(
-                "on this machine a matmul's rows depend on the batch: a request's tokens may differ with its company"
-            )
+        self.rows_invariant = rows_are_invariant(model, max_rows=INVARIANT_ROWS)
+        """Whether decode may pad a batch to any of its usual row counts without changing a bit."""
+        self.identity = self._identity()
 
-    def _identity(self, rows_invariant: bool) -> worker_pb2.ModelIdentity:
+    def close(self) -> None:
+        """Ends the prefill engine's thread."""
+        self.engine.close()
+
+    def _identity(self) -> worker_pb2.ModelIdentity:
         return worker_pb2.ModelIdentity(
             weights_digest=self.loaded.weights_digest,
             tokenizer_digest=tokenizer_digest(load_tokenizer(self.loaded.source)),
@@ -91,7 +92,7 @@ class ModelRuntime:
                 self.loaded,
                 self.engine,
                 kernels_name=self.selection.kernels.name,
-                rows_invariant=rows_invariant,
+                rows_invariant=self.rows_invariant,
             ),
         )
 
@@ -108,7 +109,7 @@ class ModelRuntime:
             pool_blocks=pool_blocks,
             device=str(self.loaded.device),
             kernels=self.selection.kernels.name,
-            effective_bits=self.layout.effective_bits(REPORTED_CONTEXT),
+            effective_bits=self.layout.mean_effective_bits(REPORTED_CONTEXT),
         )
 
 
@@ -140,6 +141,12 @@ class WorkerServer:
 
     async def start(self) -> str:
         """Binds, serves and returns host:port. Raises OSError when it cannot bind."""
+        largest = self._runtime.layout.payload_bytes(0) + RECORD_OVERHEAD_BYTES
+        if largest > DEFAULT_MAX_RECORD_BYTES:
+            raise ValueError(
+                f"a block of this model makes a record of {largest} bytes, over {DEFAULT_MAX_RECORD_BYTES}: "
+                "choose a smaller block_size"
+            )
         if self._store_address:
             self._store = StoreClient(ClientConfig(address=self._store_address))
         server = grpc.aio.server(options=server_options())
@@ -192,10 +199,19 @@ class WorkerServer:
             kernels=runtime.selection.kernels,
             device=runtime.loaded.device,
         )
-        engine = DecodeEngine(runtime.loaded.model, runtime.selection.kernels, cache)
+        rows = config.max_num_seqs
+        if runtime.rows_invariant and rows <= INVARIANT_ROWS:
+            pad_rows = padded_rows
+        else:
+            logger.warning("on this machine a matmul's rows depend on their number: every step runs %d rows", rows)
+
+            def pad_rows(n: int) -> int:
+                return rows
+
+        engine = DecodeEngine(runtime.loaded.model, runtime.selection.kernels, cache, pad_rows=pad_rows)
         self.decode_worker = worker = DecodeWorker(engine=engine, cache=cache, store=self._store, config=config)
         info = runtime.info(role="decode", pool_blocks=num_blocks)
-        servicer = DecodeServicer(worker=worker, info=info, config=config)
+        servicer = DecodeServicer(worker=worker, info=info, vocab_size=runtime.loaded.model.vocab_size, config=config)
         worker_pb2_grpc.add_DecodeServicer_to_server(servicer, server)
         self._decode = (engine, servicer)
         tokens = num_blocks * runtime.layout.block_size

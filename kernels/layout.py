@@ -111,6 +111,11 @@ class BlockLayout:
         used += tail * self.bytes_per_token_bf16
         return 16.0 * used / (num_tokens * self.bytes_per_token_bf16)
 
+    def mean_effective_bits(self, num_tokens: int) -> float:
+        """`effective_bits` averaged over the lengths of one block around `num_tokens`: over every tail length."""
+        first = num_tokens - self.block_size // 2
+        return sum(self.effective_bits(first + i) for i in range(self.block_size)) / self.block_size
+
     def join_payload(self, block: Tensor, sinks: Tensor | None) -> Tensor:
         """Payload of a block: uint8 [payload_bytes].
 
@@ -125,18 +130,23 @@ class BlockLayout:
     def split_payload(self, payload: Tensor, block_index: int) -> tuple[Tensor, Tensor | None]:
         """Inverse of `join_payload`: (block, sinks or None), views or copies of `payload` (uint8).
 
-        Raises ValueError when the size is not `payload_bytes(block_index)`.
+        Raises ValueError when the size is not `payload_bytes(block_index)`, or when a scale, a zero point or a sink
+        is not finite: such a block is damaged or forged, whatever its checksum says.
         """
         if payload.numel() != self.payload_bytes(block_index):
             raise ValueError(
                 f"block {block_index} has {payload.numel()} bytes, expected {self.payload_bytes(block_index)}"
             )
         runs = payload.reshape(self.num_layers, self.num_kv_heads, -1)
+        cut = self.sink_bytes // (self.num_layers * self.num_kv_heads) if block_index == 0 else 0
+        block = runs[..., cut:].reshape(self.pool_shape)
+        d = self.head_dim
+        floats = [block[..., 8 * d : 12 * d], block[..., 20 * d : 24 * d], runs[..., :cut]]
+        if not all(bool(part.contiguous().view(torch.float16).isfinite().all()) for part in floats):
+            raise ValueError(f"block {block_index} holds a scale, zero point or sink that is not finite")
         if block_index != 0:
-            return runs.reshape(self.pool_shape), None
-        cut = self.sink_bytes // (self.num_layers * self.num_kv_heads)
-        sinks = runs[..., :cut].contiguous().view(torch.float16).reshape(self.sink_shape)
-        return runs[..., cut:].reshape(self.pool_shape), sinks
+            return block, None
+        return block, runs[..., :cut].contiguous().view(torch.float16).reshape(self.sink_shape)
 
 
 def page_bytes(head_dim: int) -> int:

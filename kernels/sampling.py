@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+MAX_TOP_LOGPROBS = 20
+
 
 class SamplingFields(Protocol):
     """The parameters as they come over the wire, where 0 means "off"."""

@@ -18,6 +18,12 @@ class PrefillConfig:
     """How long blocks are kept for a decode worker that has the handoff but has not closed the stream."""
     lookup_timeout_s: float = 0.2
     """Longest wait for the store's answer to a look-up: what a dead store may add to TTFT."""
-    fetch_timeout_s: float = 30.0
-    """Longest fetch of a cached prefix; a stalled one is abandoned much earlier by the store client."""
+    fetch_timeout_s: float = 5.0
+    """Longest fetch of a cached prefix, and never more than a quarter of the request's time; a silent store is given
+    up much earlier by the store client. What came by then is used."""
     put_timeout_s: float = 2.0
+    """Longest put of one block."""
+    publish_grace_s: float = 0.2
+    """How long after the first token decode waits for blocks that are being published; then it takes them from here."""
+    publish_timeout_s: float = 10.0
+    """Longest publishing after the first token; what is left then is not stored."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from kvferry.kernels.forward import CausalModel, padded_rows
 from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.packed import PackedKernels
 from kvferry.kernels.sampling import SampledToken, SamplingParams, TokenHistory, sample
-from kvferry.prefill.capture import ChunkStep
+from kvferry.prefill.chunk_step import ChunkStep
 from kvferry.prefill.prompt_blocks import PromptBlocks
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,31 @@ class PrefillEngine:
         """Room for the blocks of a prompt."""
         return PromptBlocks(self.layout, num_tokens, self.device)
 
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size
+
+    def compute(self, token_ids: list[int], *, timeout_s: float) -> tuple[PromptBlocks, SampledToken]:
+        """Prefills a prompt while the calling thread waits; greedy first token.
+
+        Raises what the engine raised, or TimeoutError.
+        """
+        blocks = self.new_blocks(len(token_ids))
+        outcome: Future[SampledToken] = Future()
+        job = PrefillJob(
+            token_ids=token_ids,
+            sampling=SamplingParams(),
+            blocks=blocks,
+            on_block=lambda index: None,
+            on_done=outcome.set_result,
+            on_error=outcome.set_exception,
+        )
+        self.submit(job)
+        try:
+            return blocks, outcome.result(timeout_s)
+        finally:
+            job.cancel()
+
     def submit(self, job: PrefillJob) -> None:
         with self._wake:
             if self._closing:
@@ -118,13 +144,15 @@ class PrefillEngine:
         index = blocks.num_ready
         begin = index * self.layout.block_size
         end = min(begin + self.layout.block_size, len(job.token_ids))
+        num_tokens = end - begin
+        padding = [0] * (padded_rows(num_tokens) - num_tokens)
         hidden = self._model.hidden(
-            torch.tensor(job.token_ids[begin:end], device=self.device),
-            torch.arange(begin, end, device=self.device),
-            ChunkStep(blocks, index, self._kernels),
+            torch.tensor(job.token_ids[begin:end] + padding, device=self.device),
+            torch.tensor([*range(begin, end), *padding], device=self.device),
+            ChunkStep(blocks, index, num_tokens, self._kernels),
         )
         last = end == len(job.token_ids)
-        token = self._first_token(job, hidden[-1]) if last else None
+        token = self._first_token(job, hidden[num_tokens - 1]) if last else None
         job.compute_seconds += time.monotonic() - started
         if index < blocks.num_blocks:
             blocks.num_ready = index + 1

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 
 import grpc
 
-from kvferry.kernels.sampling import SampledToken, SamplingParams
+from kvferry.kernels.sampling import MAX_TOP_LOGPROBS, SampledToken, SamplingParams
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import FRAME_BYTES
 from kvferry.kvstore.identity import namespace_of
@@ -40,25 +41,32 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         self._store = store
         self._info = info
         self._config = config
-        self._requests = 0
-        self._tokens = 0
+        self._running: dict[asyncio.Task[None], int] = {}
 
-    async def Prefill(  # type: ignore[override]
+    @property
+    def num_requests(self) -> int:
+        """Requests that are computing or publishing."""
+        return len(self._running)
+
+    async def Prefill(  # type: ignore[override]  # the stubs know generators only; this one reads and writes at once
         self, request_iterator: AsyncIterator[worker_pb2.PrefillCommand], context: Context
     ) -> None:
         start = await self._read_start(context)
         await self._check(start, context)
-        self._requests += 1
-        self._tokens += len(start.token_ids)
         try:
             await self._serve(start, context)
-        finally:
-            self._requests -= 1
-            self._tokens -= len(start.token_ids)
+        except TimeoutError:
+            message = f"the handoff was not taken within {self._config.handoff_timeout_s} s; its blocks are released"
+            await context.abort(grpc.StatusCode.ABORTED, message)
+        except Exception as error:  # the edge: whatever failed, the caller is told
+            logger.exception("a prefill request failed")
+            await context.abort(grpc.StatusCode.INTERNAL, f"prefill failed: {error}")
 
     async def _read_start(self, context: Context) -> worker_pb2.PrefillStart:
-        async with asyncio.timeout(START_TIMEOUT_S):
-            command = await _read(context)
+        command = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(START_TIMEOUT_S):
+                command = await _read(context)
         if command is None or command.WhichOneof("command") != "start":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be `start`")
         return command.start
@@ -77,12 +85,19 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"{n} prompt tokens; this model takes 1 to {self._info.max_model_len - 1}",
             )
+        if max(start.token_ids) >= self._engine.vocab_size:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a token id is not below {self._engine.vocab_size}")
+        if start.sampling.top_logprobs > MAX_TOP_LOGPROBS:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"top_logprobs must be at most {MAX_TOP_LOGPROBS}")
         if not start.tenant:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "tenant is empty")
-        if self._requests >= self._config.max_requests or self._tokens + n > self._config.max_prompt_tokens_in_flight:
+        if (
+            self.num_requests >= self._config.max_requests
+            or sum(self._running.values()) + n > self._config.max_prompt_tokens_in_flight
+        ):
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the prefill worker is full ({self._requests} requests, {self._tokens} prompt tokens); try later",
+                f"the prefill worker is full ({self.num_requests} requests); try again later",
             )
 
     async def _serve(self, start: worker_pb2.PrefillStart, context: Context) -> None:
@@ -93,9 +108,11 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             engine=self._engine,
             store=self._store,
             config=self._config,
+            remaining_s=context.time_remaining(),
         )
         write_lock = asyncio.Lock()
         compute = asyncio.create_task(session.run())
+        self._admit(compute, len(start.token_ids))
         events = asyncio.create_task(_send_events(session, context, write_lock))
         commands = asyncio.create_task(_answer_commands(session, context, write_lock))
         try:
@@ -103,17 +120,22 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             # Everything is announced; the caller may still ask for blocks until it half-closes.
             async with asyncio.timeout(self._config.handoff_timeout_s):
                 await commands
-        except TimeoutError:
-            await context.abort(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"the handoff was not taken within {self._config.handoff_timeout_s} s; its blocks are released",
-            )
-        except (ValueError, RuntimeError, MemoryError) as error:
-            await context.abort(grpc.StatusCode.INTERNAL, f"prefill failed: {error}")
         finally:
-            for task in (compute, events, commands):
+            stopping = [events, commands] if session.handed_over else [events, commands, compute]
+            for task in stopping:
                 task.cancel()
-            await asyncio.gather(compute, events, commands, return_exceptions=True)
+            await asyncio.gather(*stopping, return_exceptions=True)
+
+    def _admit(self, compute: asyncio.Task[None], num_tokens: int) -> None:
+        """Counts a request until its computing and publishing are over: that may be after the call."""
+        self._running[compute] = num_tokens
+
+        def leave(task: asyncio.Task[None]) -> None:
+            del self._running[task]
+            if not task.cancelled() and task.exception() is not None:
+                logger.warning("a prefill request ended with %s", type(task.exception()).__name__)
+
+        compute.add_done_callback(leave)
 
 
 async def _read(context: Context) -> worker_pb2.PrefillCommand | None:
@@ -162,8 +184,10 @@ def event_to_pb(event: Event) -> Iterator[worker_pb2.PrefillEvent]:
         case BlockReady(index, in_store):
             ready = worker_pb2.BlockReady(index=index, in_store=in_store)
             yield worker_pb2.PrefillEvent(block_ready=ready)
-        case HandoffReady(token, tail):
-            handoff = worker_pb2.Handoff(first_token=token_to_pb(token), tail_bytes=len(tail))
+        case HandoffReady(token, tail, usage):
+            handoff = worker_pb2.Handoff(
+                first_token=token_to_pb(token), tail_bytes=len(tail), usage=worker_pb2.PrefillUsage(**vars(usage))
+            )
             yield worker_pb2.PrefillEvent(handoff=handoff)
             for offset in range(0, len(tail), FRAME_BYTES):
                 yield worker_pb2.PrefillEvent(tail_chunk=tail[offset : offset + FRAME_BYTES])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,22 +22,6 @@ from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine, PrefillJob
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BlockReady:
-    """Block `index` is complete; `in_store` says whether the store holds it now."""
-
-    index: int
-    in_store: bool
-
-
-@dataclass(frozen=True)
-class HandoffReady:
-    """Prefill's result for decode."""
-
-    first_token: SampledToken
-    tail: bytes
 
 
 @dataclass
@@ -52,9 +38,29 @@ class PrefillUsage:
     compute_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class BlockReady:
+    """Block `index` is complete; `in_store` says whether the store holds it now."""
+
+    index: int
+    in_store: bool
+
+
+@dataclass(frozen=True)
+class HandoffReady:
+    """Prefill's result for decode. `usage` lacks what is still being published."""
+
+    first_token: SampledToken
+    tail: bytes
+    usage: PrefillUsage
+
+
 Event = BlockReady | HandoffReady | PrefillUsage
-"""A session's events, in this order: BlockReady (any number, some may follow the handoff), HandoffReady,
-PrefillUsage last."""
+"""One BlockReady for each complete block, before or after the one HandoffReady; one PrefillUsage as the last."""
+
+_releases: set[asyncio.Task[None]] = set()  # the event loop itself holds tasks weakly
+
+T = TypeVar("T")
 
 
 class PrefillSession:
@@ -72,7 +78,9 @@ class PrefillSession:
         engine: PrefillEngine,
         store: StoreClient | None,
         config: PrefillConfig,
+        remaining_s: float | None,
     ) -> None:
+        """`remaining_s`: until the request's deadline; None without one."""
         self._token_ids = token_ids
         self._sampling = sampling
         self._namespace = namespace.digest()
@@ -80,9 +88,13 @@ class PrefillSession:
         self._engine = engine
         self._store = store
         self._config = config
+        self._fetch_budget_s = min(config.fetch_timeout_s, (remaining_s or float("inf")) / 4)
         self._blocks = engine.new_blocks(len(token_ids))
         self._usage = PrefillUsage()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._unannounced: set[int] = set()
+        self.handed_over = False
+        """Everything is computed; only publishing may be left."""
 
     async def next_event(self) -> Event:
         return await self._events.get()
@@ -107,38 +119,32 @@ class PrefillSession:
 
     async def _fetch_cached(self) -> None:
         """Loads the longest contiguous verified prefix from the store; at least one token is left to compute."""
-        if self._store is None:
+        wanted = self._keys[: (len(self._token_ids) - 1) // self._engine.layout.block_size]
+        if self._store is None or not wanted:
             return
         started = time.monotonic()
-        wanted = self._keys[: (len(self._token_ids) - 1) // self._engine.layout.block_size]
-        if not wanted:
-            return
+        lease_id = 0
         try:
-            found = await self._store.lookup(
-                wanted,
-                lease_s=self._config.fetch_timeout_s,
-                timeout_s=self._config.lookup_timeout_s,
-            )
-            if found.num_contiguous:
-                try:
-                    await self._load(wanted[: found.num_contiguous], found.lease_id)
-                finally:
-                    await self._store.release(found.lease_id)
-        except KVStoreError as error:
-            logger.warning("prefix fetch ended early, the rest is computed: %s", error)
-        except ValueError as error:
-            logger.warning("a cached block does not fit this model and is computed: %s", error)
+            async with asyncio.timeout(self._fetch_budget_s):
+                found = await self._store.lookup(
+                    wanted, lease_s=self._fetch_budget_s, timeout_s=self._config.lookup_timeout_s
+                )
+                lease_id = found.lease_id
+                if found.num_contiguous:
+                    await self._load(self._store, wanted[: found.num_contiguous], lease_id)
+        except (KVStoreError, ValueError, TimeoutError) as error:
+            logger.warning("prefix fetch ended early, the rest is computed: %s", error or "out of time")
+        finally:
+            if lease_id:
+                # Not awaited: an answer must not wait for it, and its failure must not hide a cancellation.
+                task = asyncio.create_task(_release(self._store, lease_id))
+                _releases.add(task)
+                task.add_done_callback(_releases.discard)
         self._usage.fetch_seconds = time.monotonic() - started
         self._usage.num_cached_tokens = self._blocks.num_ready * self._engine.layout.block_size
 
-    async def _load(self, keys: list[bytes], lease_id: int) -> None:
-        assert self._store is not None
-        records = self._store.get(
-            keys,
-            lease_id=lease_id,
-            namespace=self._namespace,
-            timeout_s=self._config.fetch_timeout_s,
-        )
+    async def _load(self, store: StoreClient, keys: list[bytes], lease_id: int) -> None:
+        records = store.get(keys, lease_id=lease_id, namespace=self._namespace, timeout_s=self._fetch_budget_s)
         block_size = self._engine.layout.block_size
         async with aclosing(records):
             async for record in records:
@@ -157,58 +163,93 @@ class PrefillSession:
         done: asyncio.Future[SampledToken] = loop.create_future()
         finished_blocks: asyncio.Queue[int | None] = asyncio.Queue()
 
+        def finish_block(index: int) -> None:
+            self._unannounced.add(index)
+            finished_blocks.put_nowait(index)
+
         def finish(token: SampledToken) -> None:
-            if not done.done():
-                done.set_result(token)
+            done.set_result(token)
             finished_blocks.put_nowait(None)
 
         def fail(error: Exception) -> None:
-            if not done.done():
-                done.set_exception(error)
-            finished_blocks.put_nowait(None)
+            done.set_exception(error)
 
         job = PrefillJob(
             token_ids=self._token_ids,
             sampling=self._sampling,
             blocks=self._blocks,
-            on_block=lambda index: _call(loop, finished_blocks.put_nowait, index),
-            on_done=lambda token: _call(loop, finish, token),
-            on_error=lambda error: _call(loop, fail, error),
+            on_block=_on_loop(loop, done, finish_block),
+            on_done=_on_loop(loop, done, finish),
+            on_error=_on_loop(loop, done, fail),
         )
         self._engine.submit(job)
         publisher = asyncio.create_task(self._publish(finished_blocks))
         try:
             token = await done
-            self._events.put_nowait(HandoffReady(token, self._blocks.tail_bytes()))
-            await publisher
+            self._usage.queue_seconds = job.queue_seconds or 0.0
+            self._usage.compute_seconds = job.compute_seconds
+            self.handed_over = True
+            self._events.put_nowait(HandoffReady(token, self._blocks.tail_bytes(), replace(self._usage)))
+            await self._finish_publishing(publisher)
         finally:
             job.cancel()
             publisher.cancel()
-        self._usage.queue_seconds = job.queue_seconds or 0.0
-        self._usage.compute_seconds = job.compute_seconds
+
+    async def _finish_publishing(self, publisher: asyncio.Task[None]) -> None:
+        """Gives the store a moment, then offers what it has not taken from here, and goes on publishing."""
+        await asyncio.wait([publisher], timeout=self._config.publish_grace_s)
+        for index in sorted(self._unannounced):
+            self._announce(index, in_store=False)
+        done, _ = await asyncio.wait([publisher], timeout=self._config.publish_timeout_s)
+        if done:
+            publisher.result()
+        else:
+            logger.warning("the store is too slow: some blocks of a prompt were not stored")
 
     async def _publish(self, finished: asyncio.Queue[int | None]) -> None:
         """Puts each finished block while the next ones are computed, and announces it."""
         while (index := await finished.get()) is not None:
-            self._events.put_nowait(BlockReady(index, in_store=await self._put(index)))
+            self._announce(index, in_store=await self._put(index))
+
+    def _announce(self, index: int, *, in_store: bool) -> None:
+        if index in self._unannounced:
+            self._unannounced.remove(index)
+            self._events.put_nowait(BlockReady(index, in_store))
 
     async def _put(self, index: int) -> bool:
+        """Whether the store holds the block now."""
         if self._store is None:
             return False
-        record = self.record(index)
         try:
-            await self._store.put(self._keys[index], record, timeout_s=self._config.put_timeout_s)
+            record = self.record(index)
+            stored = await self._store.put(self._keys[index], record, timeout_s=self._config.put_timeout_s)
         except KVStoreError as error:
             logger.warning("a block was not stored, decode gets it from here: %s", error)
             return False
-        self._usage.store_bytes_written += len(record)
-        self._usage.store_tokens_written += self._engine.layout.block_size
+        if stored:  # else it was there, and its bytes did not cross
+            self._usage.store_bytes_written += len(record)
+            self._usage.store_tokens_written += self._engine.layout.block_size
         return True
 
 
-def _call(loop: asyncio.AbstractEventLoop, fn: object, argument: object) -> None:
-    """Calls `fn(argument)` on the loop from the engine's thread; a loop that is gone needs no answer."""
-    try:
-        loop.call_soon_threadsafe(fn, argument)  # type: ignore[arg-type]
-    except RuntimeError:
-        logger.debug("the event loop is closed; a late prefill event is dropped")
+async def _release(store: StoreClient, lease_id: int) -> None:
+    with suppress(KVStoreError):  # then the lease ends by itself
+        await store.release(lease_id)
+
+
+def _on_loop(
+    loop: asyncio.AbstractEventLoop, done: asyncio.Future[Any], fn: Callable[[T], None]
+) -> Callable[[T], None]:
+    """`fn` as a callback for the engine's thread; nothing happens once `done` is settled or the loop is closed."""
+
+    def on_loop(argument: T) -> None:
+        if not done.done():
+            fn(argument)
+
+    def call(argument: T) -> None:
+        try:
+            loop.call_soon_threadsafe(on_loop, argument)
+        except RuntimeError:
+            logger.debug("the event loop is closed; a late prefill event is dropped")
+
+    return call

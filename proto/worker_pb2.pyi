@@ -380,19 +380,25 @@ class Handoff(_message.Message):
 
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     TAIL_BYTES_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     tail_bytes: _builtins.int
     """fp16 [layer][K|V][kv_head][token][head_dim] of the incomplete block; may be 0"""
     @_builtins.property
     def first_token(self) -> Global___TokenChunk: ...
+    @_builtins.property
+    def usage(self) -> Global___PrefillUsage:
+        """so far: what is still being published is not in it"""
+
     def __init__(
         self,
         *,
         first_token: Global___TokenChunk | None = ...,
         tail_bytes: _builtins.int = ...,
+        usage: Global___PrefillUsage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "tail_bytes", b"tail_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "tail_bytes", b"tail_bytes", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -66,8 +66,9 @@ class PrefillStub:
     Prefill: _grpc.StreamStreamMultiCallable[_worker_pb2.PrefillCommand, _worker_pb2.PrefillEvent]
     """One request's prompt. The caller sends `start`, then any number of `send_blocks`, then half-closes when it holds
     everything. The worker sends a `block_ready` for each complete block, `handoff` as soon as the first token is
-    sampled, and `finished` when every block has been announced; `block` answers `send_blocks`. The worker keeps the
-    request's blocks until the stream ends.
+    sampled, and `finished` when publishing is over; `block` answers `send_blocks`. The worker keeps the request's
+    blocks until the stream ends. A caller that leaves before `handoff` stops the computation; one that leaves after
+    it does not stop the publishing.
     """
 
 @_typing.type_check_only
@@ -76,8 +77,9 @@ class PrefillAsyncStub(PrefillStub):
     Prefill: _aio.StreamStreamMultiCallable[_worker_pb2.PrefillCommand, _worker_pb2.PrefillEvent]  # type: ignore[assignment]
     """One request's prompt. The caller sends `start`, then any number of `send_blocks`, then half-closes when it holds
     everything. The worker sends a `block_ready` for each complete block, `handoff` as soon as the first token is
-    sampled, and `finished` when every block has been announced; `block` answers `send_blocks`. The worker keeps the
-    request's blocks until the stream ends.
+    sampled, and `finished` when publishing is over; `block` answers `send_blocks`. The worker keeps the request's
+    blocks until the stream ends. A caller that leaves before `handoff` stops the computation; one that leaves after
+    it does not stop the publishing.
     """
 
 class PrefillServicer(metaclass=_abc_1.ABCMeta):
@@ -89,8 +91,9 @@ class PrefillServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.PrefillEvent], _abc.AsyncIterator[_worker_pb2.PrefillEvent]]:
         """One request's prompt. The caller sends `start`, then any number of `send_blocks`, then half-closes when it holds
         everything. The worker sends a `block_ready` for each complete block, `handoff` as soon as the first token is
-        sampled, and `finished` when every block has been announced; `block` answers `send_blocks`. The worker keeps the
-        request's blocks until the stream ends.
+        sampled, and `finished` when publishing is over; `block` answers `send_blocks`. The worker keeps the request's
+        blocks until the stream ends. A caller that leaves before `handoff` stops the computation; one that leaves after
+        it does not stop the publishing.
         """
 
 def add_PrefillServicer_to_server(servicer: PrefillServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -21,7 +21,7 @@ from kvferry.deploy.worker_server import ModelConfig, ModelRuntime
 from kvferry.kernels.forward import AttentionStep
 from kvferry.kernels.packed import PackedKernels
 from kvferry.kernels.reference import ReferenceKernels
-from kvferry.prefill.capture import ChunkStep
+from kvferry.prefill.chunk_step import ChunkStep
 from kvferry.prefill.prompt_blocks import PromptBlocks
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -61,7 +61,7 @@ def prefill_logits(runtime: ModelRuntime, kernels: PackedKernels, token_ids: lis
     for index in range(blocks.num_blocks + bool(blocks.tail_len)):
         begin = index * runtime.layout.block_size
         end = min(begin + runtime.layout.block_size, len(token_ids))
-        step: AttentionStep = ChunkStep(blocks, index, kernels)
+        step: AttentionStep = ChunkStep(blocks, index, end - begin, kernels)
         hidden = runtime.loaded.model.hidden(torch.tensor(token_ids[begin:end]), torch.arange(begin, end), step)
         rows.append(runtime.loaded.model.logits(hidden))
     return torch.cat(rows)

@@ -1,4 +1,4 @@
-"""Takes K and V out of the model, packs them and answers the model's attention: one chunk, all layers."""
+"""One prefill chunk, all layers: takes K and V out of the model, packs them and answers the model's attention."""
 
 from __future__ import annotations
 
@@ -13,21 +13,29 @@ class ChunkStep:
     """`AttentionStep` of one prefill chunk: one block of the canonical grid, or the incomplete last one.
 
     The chunk attends to all earlier blocks in their packed form and to itself in fp16. On a hit and on a miss these
-    are the same bytes, so the result is the same.
+    are the same bytes, so the result is the same. Rows past `num_tokens` are padding: they give zeros.
     """
 
-    def __init__(self, blocks: PromptBlocks, index: int, kernels: PackedKernels) -> None:
+    def __init__(self, blocks: PromptBlocks, index: int, num_tokens: int, kernels: PackedKernels) -> None:
         self._blocks = blocks
         self._index = index
+        self._num_tokens = num_tokens
         self._kernels = kernels
         self._prefix = blocks.prefix(index)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        keys = key.transpose(0, 1).to(torch.float16).contiguous()  # [H, n, D]
-        values = value.transpose(0, 1).to(torch.float16).contiguous()
+        n = self._num_tokens
+        keys = key[:n].transpose(0, 1).to(torch.float16).contiguous()  # [H, n, D]
+        values = value[:n].transpose(0, 1).to(torch.float16).contiguous()
         self._keep(layer, keys, values)
-        out = self._kernels.chunk_attention(query.transpose(0, 1), keys, values, self._prefix, layer=layer, scale=scale)
-        return out.transpose(0, 1)
+        attended = self._kernels.chunk_attention(
+            query[:n].transpose(0, 1), keys, values, self._prefix, layer=layer, scale=scale
+        ).transpose(0, 1)
+        if n == query.shape[0]:
+            return attended
+        out = torch.zeros_like(query)
+        out[:n] = attended
+        return out
 
     def _keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
         blocks, index = self._blocks, self._index
