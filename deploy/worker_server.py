@@ -136,6 +136,8 @@ class WorkerServer:
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._decode: tuple[DecodeEngine, DecodeServicer] | None = None
+        self.prefill_servicer: PrefillServicer | None = None
+        """The Prefill service, when this is its role and it has started."""
         self.decode_worker: DecodeWorker | None = None
         """The worker behind the Decode service, when this is its role and it has started."""
 
@@ -180,7 +182,9 @@ class WorkerServer:
 
     def _add_prefill(self, server: grpc.aio.Server, config: PrefillConfig) -> worker_pb2.WorkerInfo:
         info = self._runtime.info(role="prefill")
-        servicer = PrefillServicer(engine=self._runtime.engine, store=self._store, info=info, config=config)
+        self.prefill_servicer = servicer = PrefillServicer(
+            engine=self._runtime.engine, store=self._store, info=info, config=config
+        )
         worker_pb2_grpc.add_PrefillServicer_to_server(servicer, server)
         return info
 

@@ -130,6 +130,7 @@ class Workers:
     decode_address: str
     channel: grpc.aio.Channel
     decode_server: WorkerServer
+    prefill_server: WorkerServer
 
     async def generate(
         self,
@@ -140,20 +141,22 @@ class Workers:
         timeout: float = 60.0,
         **sampling: Any,
     ) -> Answer:
-        stub = worker_pb2_grpc.DecodeStub(self.channel)
+        answer = Answer()
+        async for chunk in self.stream(token_ids, max_tokens=max_tokens, tenant=tenant, timeout=timeout, **sampling):
+            assert chunk.index == len(answer.tokens)
+            answer.tokens.append(chunk.token_id)
+            answer.chunks.append(chunk)
+        return answer
+
+    def stream(self, token_ids: list[int], *, tenant: str = "default", timeout: float = 60.0, **sampling: Any) -> Any:
         request = worker_pb2.DecodeRequest(
             request_id="test",
             tenant=tenant,
             token_ids=token_ids,
             prefill_address=self.prefill_address,
-            sampling=worker_pb2.SamplingParams(max_tokens=max_tokens, **sampling),
+            sampling=worker_pb2.SamplingParams(**sampling),
         )
-        answer = Answer()
-        async for chunk in stub.Generate(request, timeout=timeout):
-            assert chunk.index == len(answer.tokens)
-            answer.tokens.append(chunk.token_id)
-            answer.chunks.append(chunk)
-        return answer
+        return worker_pb2_grpc.DecodeStub(self.channel).Generate(request, timeout=timeout)
 
 
 @asynccontextmanager
@@ -167,7 +170,7 @@ async def _serve_workers(
     prefill_address, decode_address = await prefill.start(), await decode.start()
     async with grpc.aio.insecure_channel(decode_address) as channel:
         try:
-            yield Workers(prefill_address, decode_address, channel, decode)
+            yield Workers(prefill_address, decode_address, channel, decode, prefill)
         finally:
             await decode.stop(0.2)
             await prefill.stop(0.2)

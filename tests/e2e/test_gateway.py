@@ -54,11 +54,12 @@ def text_of(num_words: int) -> str:
 
 
 async def idle(stack: Stack) -> float:
-    """Seconds until the decode worker holds no request; the promise after a cancel is one second."""
+    """Seconds until neither worker holds a request; the promise after a cancel is one second."""
     worker = stack.workers.decode_server.decode_worker
+    servicer = stack.workers.prefill_server.prefill_servicer
     started = time.monotonic()
     async with asyncio.timeout(30):
-        while worker.admission.num_requests:
+        while worker.admission.num_requests or servicer.num_requests:
             await asyncio.sleep(0.01)
     return time.monotonic() - started
 

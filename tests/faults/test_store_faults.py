@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -40,10 +40,12 @@ async def stats_of(address: str) -> Any:
         return await client.stats()
 
 
-async def wait_for_puts(address: str, count: int) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while (await stats_of(address)).puts < count:
-            await asyncio.sleep(0.002)
+async def break_store(node: NodeProcess, fault: str) -> None:
+    if fault == "wipe":
+        async with StoreClient(ClientConfig(address=node.address, lookup_timeout_s=5.0)) as client:
+            await client.delete_all()
+    else:
+        node.signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
 
 
 @pytest.mark.parametrize("fault", ["kill", "stop"])
@@ -62,14 +64,11 @@ async def test_store_lost_before_the_request(
     assert (await stats_of(node.address)).puts == 12  # the control: the store was in use
     node.signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
     fresh = await serve_workers(worker, node.address)
-    started = time.monotonic()
     answer = await fresh.generate(token_ids, timeout=LIMIT_S)
     assert answer.tokens == oracle
     assert answer.num_cached_tokens == 0
     assert answer.usage.prefill.store_tokens_written == 0
     assert answer.usage.handoff_tokens == PROMPT_TOKENS  # every block came straight from prefill
-    assert time.monotonic() - started < LIMIT_S
-    assert answer.usage.prefill.fetch_seconds < 2.0
     if fault == "stop":
         # A store that comes back is used again, without a restart of anything.
         node.signal(signal.SIGCONT)
@@ -80,7 +79,7 @@ async def test_store_lost_before_the_request(
 
 
 @pytest.mark.parametrize("fault", ["kill", "stop", "wipe"])
-@pytest.mark.parametrize("after_puts", [1, 5])
+@pytest.mark.parametrize("after_puts", [0, 1, 5])
 async def test_store_lost_while_prefill_publishes(
     fault: str,
     after_puts: int,
@@ -89,42 +88,76 @@ async def test_store_lost_while_prefill_publishes(
     serve_workers: Any,
     make_prompt: Any,
     start_node: Callable[..., NodeProcess],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     node = start_node()
     workers = await serve_workers(worker, node.address)
+    reached, go_on = asyncio.Event(), asyncio.Event()
+    put, puts = StoreClient.put, 0
+
+    async def paused(self: StoreClient, *arguments: Any, **options: Any) -> bool:
+        nonlocal puts
+        if puts == after_puts:
+            reached.set()
+            await go_on.wait()
+        puts += 1
+        return await put(self, *arguments, **options)
+
+    monkeypatch.setattr(StoreClient, "put", paused)
     request = asyncio.create_task(workers.generate(make_prompt(PROMPT_TOKENS), timeout=LIMIT_S))
-    await wait_for_puts(node.address, after_puts)
-    if fault == "wipe":
-        async with StoreClient(ClientConfig(address=node.address)) as client:
-            await client.delete_all()
-    else:
-        node.signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+    async with asyncio.timeout(LIMIT_S):
+        await reached.wait()
+    assert (await stats_of(node.address)).puts == after_puts  # the control: the fault comes in the middle
+    await break_store(node, fault)
+    go_on.set()
     answer = await request
     assert answer.tokens == oracle
-    if fault != "wipe" and answer.usage.prefill.store_tokens_written < 12 * BLOCK_SIZE:
-        assert answer.usage.handoff_tokens > PROMPT_TOKENS % BLOCK_SIZE
+    if fault != "wipe":
+        assert answer.usage.handoff_tokens >= PROMPT_TOKENS - after_puts * BLOCK_SIZE
 
 
-@pytest.mark.parametrize("fault", ["kill", "stop"])
+@pytest.mark.parametrize("fault", ["kill", "stop", "wipe"])
+@pytest.mark.parametrize("after_records", [0, 1, 5])
 async def test_store_lost_while_a_prefix_is_fetched(
     fault: str,
+    after_records: int,
     worker: ModelRuntime,
     oracle: list[int],
     serve_workers: Any,
     make_prompt: Any,
     start_node: Callable[..., NodeProcess],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     token_ids = make_prompt(PROMPT_TOKENS)
     node = start_node()
     await (await serve_workers(worker, node.address)).generate(token_ids)
     fresh = await serve_workers(worker, node.address)
-    hits = (await stats_of(node.address)).hits
+    reached, go_on = asyncio.Event(), asyncio.Event()
+    get = StoreClient.get
+
+    async def paused(self: StoreClient, keys: list[bytes], **options: Any) -> AsyncIterator[Any]:
+        """What the fault leaves of the stream comes from a new call for the rest of the keys."""
+        if after_records and not reached.is_set():
+            async with aclosing(get(self, keys[:after_records], **options)) as records:
+                async for record in records:
+                    yield record
+            keys = keys[after_records:]
+        if not reached.is_set():
+            reached.set()
+            await go_on.wait()
+        async with aclosing(get(self, keys, **options)) as records:
+            async for record in records:
+                yield record
+
+    monkeypatch.setattr(StoreClient, "get", paused)
     request = asyncio.create_task(fresh.generate(token_ids, timeout=LIMIT_S))
     async with asyncio.timeout(LIMIT_S):
-        while (await stats_of(node.address)).hits == hits:
-            await asyncio.sleep(0)
-    node.signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
-    assert (await request).tokens == oracle
+        await reached.wait()
+    await break_store(node, fault)
+    go_on.set()
+    answer = await request
+    assert answer.tokens == oracle
+    assert answer.num_cached_tokens == after_records * BLOCK_SIZE  # the control: the rest was lost
 
 
 async def test_every_block_of_a_chain_deleted_in_turn(

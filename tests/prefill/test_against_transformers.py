@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from kvferry.deploy.causal_lm import TransformersModel, UnsupportedModel
+from kvferry.deploy.causal_lm import TransformersModel, UnsupportedModel, check_supported
 from kvferry.deploy.models import find_model
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime
 from kvferry.kernels.forward import AttentionStep
@@ -158,6 +158,17 @@ def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
         config.save_pretrained(tmp_path)
         with pytest.raises(UnsupportedModel, match=config.model_type):
             ModelRuntime(ModelConfig(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_ropes_that_depend_on_the_company_are_refused(rope_type: str) -> None:
+    """Their rotation changes with the longest position in a forward pass, which other requests decide."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig()
+    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(UnsupportedModel, match=rope_type):
+        check_supported(config)
 
 
 def test_sliding_layers_are_refused(tmp_path: Path) -> None:
