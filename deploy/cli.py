@@ -133,7 +133,7 @@ def demo(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
     document: Annotated[Path | None, typer.Option(help="Ask about this text instead of kvferry's handbook.")] = None,
     model: ModelOption = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the logs of all processes.")] = False,
 ) -> None:
     """Show the whole product on real input; ends non-zero if a cache hit changed an answer."""

@@ -18,8 +18,8 @@ from kvferry.deploy.settings import Settings
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import ClientConfig
 
-FIRST_QUESTION = "How many tokens does a page hold?"
-OTHER_QUESTION = "Which port does the gateway use?"
+FIRST_QUESTION = "Which port does the gateway use?"
+OTHER_QUESTION = "How many tokens does a page hold? Answer in one sentence."
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,8 @@ def _print_table(
         )
     console.print()
     console.print(table)
-    console.print(f"effective bits a value at 4,096 tokens, scales, zero points, sinks and tail included: {bits:.2f}")
+    console.print(
+        f"effective bits a value around 4,096 tokens (scales, zero points, sinks, fp16 tail of mean length): {bits:.2f}"
+    )
     verdict = "[green]yes[/green]" if identical else "[red]NO[/red]"
     console.print(f"(2) and (3) gave exactly the tokens of the first request: {verdict}")
