@@ -58,7 +58,7 @@ async def assert_all_free(admission: Admission, num_slots: int) -> None:
     """The whole pool and every slot can be had at once, and nobody waits."""
     pool = admission.pool
     pool.check_integrity()
-    assert admission.num_waiting == 0
+    assert admission.num_requests == admission.num_waiting == 0
     assert (pool.num_used, pool.num_available) == (0, pool.num_blocks)
     async with AsyncExitStack() as stack, asyncio.timeout(5):
         sizes = [pool.num_blocks - num_slots + 1] + [1] * (num_slots - 1)
@@ -103,6 +103,7 @@ async def test_first_come_first_served(start: Callable[..., Request]) -> None:
     for number, request in enumerate(requests):
         await settle()
         assert [r.admitted for r in requests] == [True] * (number + 1) + [False] * (5 - number)
+        assert admission.num_requests == 6 - number
         assert admission.num_waiting == 5 - number
         await request.leave()
     await assert_all_free(admission, 1)
@@ -188,6 +189,36 @@ async def test_full_at_the_limit(start: Callable[..., Request]) -> None:
     assert third.admitted
     await third.leave()
     await assert_all_free(admission, 1)
+
+
+async def test_without_a_queue_there_is_still_room(start: Callable[..., Request]) -> None:
+    admission = make(num_slots=1, max_waiting=0)
+    running = start(admission)
+    await settle()
+    assert running.admitted
+    with pytest.raises(WorkerFull):
+        async with admission.reserve(1, []):
+            pytest.fail("there is no room")
+    await running.leave()
+    await assert_all_free(admission, 1)
+
+
+async def test_a_newcomer_does_not_take_room_that_is_promised(start: Callable[..., Request]) -> None:
+    """It comes after room was freed and before the one that waits for it could run."""
+    admission = make(num_slots=1)
+    running = start(admission)
+    await settle()
+    patient = start(admission)
+    await settle()
+    running.leaving.set_result(None)
+    while not running.task.done():
+        await asyncio.sleep(0)
+    assert not patient.admitted
+    newcomer = start(admission)
+    await settle()
+    assert (patient.admitted, newcomer.admitted) == (True, False)
+    await patient.leave()
+    assert newcomer.admitted
 
 
 async def test_a_request_that_never_fits_is_refused_at_once(start: Callable[..., Request]) -> None:

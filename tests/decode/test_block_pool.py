@@ -20,7 +20,8 @@ class _Model(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(_NUM_BLOCKS)
+        self.dropped: list[int] = []
+        self.pool = BlockPool(_NUM_BLOCKS, on_drop=self.dropped.append)
         self.held: list[list[int]] = []
         self.key_of: dict[int, bytes] = {}
         self.cached: list[int] = []  # unused blocks with a key, oldest first
@@ -43,7 +44,7 @@ class _Model(RuleBasedStateMachine):
         num_free = min(count, len(free))
         evicted = self.cached[: count - num_free]
         assert set(taken[:num_free]) <= free  # nothing is evicted while a block is free
-        assert taken[num_free:] == evicted
+        assert taken[num_free:] == evicted == self._take_dropped()
         for block_id in evicted:
             self.cached.remove(block_id)
             del self.key_of[block_id]
@@ -85,10 +86,19 @@ class _Model(RuleBasedStateMachine):
         for block_id in reversed(dict.fromkeys(ids)):
             if block_id in self.key_of and block_id not in self._used():
                 self.cached.append(block_id)
+        assert set(self._take_dropped()) == set(ids) - self._used() - set(self.cached)
+
+    def _take_dropped(self) -> list[int]:
+        """Blocks whose content was given up since the last look, each told once."""
+        dropped = self.dropped.copy()
+        self.dropped.clear()
+        assert len(set(dropped)) == len(dropped)
+        return dropped
 
     @invariant()
     def same_counts(self) -> None:
         self.pool.check_integrity()
+        assert not self.dropped
         assert self.pool.num_used == len(self._used())
         assert self.pool.num_available == _NUM_BLOCKS - len(self._used())
 
@@ -104,7 +114,7 @@ class _Model(RuleBasedStateMachine):
         self.pool.check_integrity()
 
 
-_Model.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+_Model.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestModel = _Model.TestCase
 
 

@@ -159,6 +159,12 @@ def test_filters_together(options: dict[str, float]) -> None:
     assert_drawn_from(expected, draw(LOGITS, draws=2000, **options))
 
 
+@pytest.mark.parametrize("options", [{"min_p": 1.5}, {"top_p": -0.5}, {"top_p": 0.0}], ids=str)
+def test_the_likeliest_token_is_always_in_the_set(options: dict[str, float]) -> None:
+    """Even for a filter that would leave nothing; the gateway refuses such values."""
+    assert set(draw(LOGITS, draws=50, temperature=1.0, **options)) == {3}
+
+
 def test_a_large_vocabulary() -> None:
     torch.manual_seed(1)
     logits = torch.randn(50_000)
