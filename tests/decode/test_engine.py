@@ -13,12 +13,12 @@ import grpc
 import pytest
 import torch
 
-from kvferry.decode.admission import Admission
+from kvferry.decode.admission import Admission, Reservation
 from kvferry.decode.cache import PackedCache
 from kvferry.decode.config import DecodeConfig
 from kvferry.decode.engine import DecodeEngine
 from kvferry.decode.running import RunningSequence
-from kvferry.decode.sequence import Sequence
+from kvferry.decode.sequence import Sequence, TokenEvent
 from kvferry.deploy.worker_server import ModelRuntime
 from kvferry.kernels.sampling import SamplingParams, TokenHistory
 from kvferry.kernels.spec import KVQuantSpec
@@ -249,6 +249,28 @@ async def test_stopping_ends_the_requests(workers: Any, make_prompt: Any) -> Non
     assert not Inside.of(workers).leftovers()
 
 
+def one_token_prompt(
+    mine: Reservation,
+    on_token: Callable[[TokenEvent], None],
+    on_error: Callable[[Exception], None],
+    on_released: Callable[[], None],
+) -> Sequence:
+    """A sequence that needs no prefill worker: nothing of it is cached yet."""
+    return Sequence(
+        num_prompt_tokens=1,
+        sampling=SamplingParams(),
+        history=TokenHistory.of([5]),
+        slot=mine.slot,
+        block_ids=mine.block_ids,
+        num_blocks=0,
+        tail_len=0,
+        last_token=5,
+        on_token=on_token,
+        on_error=on_error,
+        on_released=on_released,
+    )
+
+
 async def test_a_cancelled_request_keeps_its_room_while_a_step_uses_it(
     workers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,19 +286,7 @@ async def test_a_cancelled_request_keeps_its_room_while_a_step_uses_it(
     async def decode() -> None:
         async with inside.admission.reserve(1, []) as mine:
             running = RunningSequence(inside.engine)
-            sequence = Sequence(
-                num_prompt_tokens=1,
-                sampling=SamplingParams(),
-                history=TokenHistory.of([5]),
-                slot=mine.slot,
-                block_ids=mine.block_ids,
-                num_blocks=0,
-                tail_len=0,
-                last_token=5,
-                on_token=running.put,
-                on_error=running.put,
-                on_released=running.release,
-            )
+            sequence = one_token_prompt(mine, running.put, running.put, running.release)
             async with running.hold(sequence):
                 await asyncio.Event().wait()
 
@@ -388,6 +398,35 @@ async def test_a_failed_step_ends_its_sequences_and_not_the_worker(
     await Inside.of(workers).assert_all_free()
     results = await asyncio.gather(*(workers.generate(p, max_tokens=10) for p in prompts))
     assert [result.tokens for result in results] == expected
+
+
+async def test_a_released_sequence_is_not_touched_again(workers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot and blocks may be another's by then. A step that failed releases its sequences, too."""
+    inside = Inside.of(workers)
+    batch, stepped, calls, released = inside.cache.batch, [], [], threading.Event()
+
+    def break_third(**arguments: Any) -> Any:
+        stepped.append(arguments["slots"])
+        if len(stepped) == 3:
+            raise RuntimeError("out of device memory")
+        return batch(**arguments)
+
+    def on_released() -> None:
+        calls.append("released")
+        released.set()
+
+    monkeypatch.setattr(inside.cache, "batch", break_third)
+    async with inside.admission.reserve(1, []) as mine:
+        sequence = one_token_prompt(
+            mine, lambda event: calls.append(event.index), lambda error: calls.append(str(error)), on_released
+        )
+        inside.engine.add(sequence)
+        assert await asyncio.to_thread(released.wait, 10)
+        await asyncio.sleep(0.2)  # time for some steps
+        inside.engine.cancel(sequence)  # too late, and harmless
+    assert stepped == [[mine.slot]] * 3
+    assert calls == [0, 1, "out of device memory", "released"]
+    await inside.assert_all_free()
 
 
 async def test_a_failed_step_is_an_internal_error(
