@@ -25,7 +25,7 @@ from torch import Tensor
 from kvferry.kernels.dispatch import select_kernels
 from kvferry.kernels.layout import PAGE, page_bytes
 from kvferry.kernels.packed import DecodeBatch, PackedKernels, PackedPrefix
-from kvferry.kernels.reference import ReferenceKernels, quantize_pages
+from kvferry.kernels.reference import ReferenceKernels, dequantize_pages, quantize_pages
 
 BLOCK_SIZE = 128
 SINK_TOKENS = 4
@@ -33,8 +33,9 @@ CHUNK = 128
 """Tokens of the prefill chunk."""
 MEAN_TAIL = BLOCK_SIZE // 2
 """fp16 tokens behind the packed ones in a decode case: what a sequence has on average."""
-SLOW_ROUNDS = 3
-"""Rounds that a baseline of seconds takes part in."""
+SLOW = ("reference", "enable_gqa")
+SLOW_ROUNDS = 5
+"""Baselines with these names' ends take part in so few rounds only: they take up to seconds."""
 COPY_BYTES = 128 * 2**20
 """Several times the last-level cache."""
 
@@ -96,6 +97,8 @@ class KernelTimes:
     """Median of the torch reference over `median_ms`; quantize only."""
     max_error: float
     """Largest error against the reference, over the reference's largest value."""
+    bytes_equal: float | None
+    """Quantize only: share of the bytes that are the reference's. Sums in another order turn a rare rounding."""
     bytes_read: int
     gb_per_s: float
     """`bytes_read` at the median time."""
@@ -135,7 +138,8 @@ class _Case:
     shape: Shape
     kernel: Call
     baselines: dict[str, Call]
-    slow: tuple[str, ...] = ()
+    values: Callable[[Tensor], Tensor] = Tensor.float
+    """The numbers that a result stands for."""
     expected: Call
     bytes_read: int
 
@@ -313,7 +317,7 @@ def _quantize_case(kernels: PackedKernels, shape: Shape) -> _Case:
         shape=shape,
         kernel=run,
         baselines={"reference": reference},
-        slow=("reference",),
+        values=lambda pages: torch.stack(dequantize_pages(pages, shape.D)),
         expected=reference,
         bytes_read=keys.nbytes + values.nbytes,
     )
@@ -373,7 +377,7 @@ def _measure(case: _Case, rounds: int, copy_gb_per_s: float) -> KernelTimes:
         call()  # first calls allocate
     for index in range(rounds):
         for name, call in contenders.items():
-            if name in case.slow and index >= SLOW_ROUNDS:
+            if name.endswith(SLOW) and index >= SLOW_ROUNDS:
                 continue
             started = time.perf_counter()
             call()
@@ -384,6 +388,7 @@ def _measure(case: _Case, rounds: int, copy_gb_per_s: float) -> KernelTimes:
     }
     own = times.pop(case.op)
     fp32, bf16, reference = (times.get(name) for name in ("SDPA fp32, rows", "SDPA bf16, rows", "reference"))
+    max_error, equal = _differences(case)
     gb_per_s = case.bytes_read / own.median_ms / 1e6
     return KernelTimes(
         op=case.op,
@@ -397,7 +402,8 @@ def _measure(case: _Case, rounds: int, copy_gb_per_s: float) -> KernelTimes:
         ratio_fp32_min=fp32.min_ms / own.min_ms if fp32 else None,
         ratio_bf16_min=bf16.min_ms / own.min_ms if bf16 else None,
         ratio_reference=reference.median_ms / own.median_ms if reference else None,
-        max_error=_max_error(case),
+        max_error=max_error,
+        bytes_equal=equal if case.op == "quantize" else None,
         bytes_read=case.bytes_read,
         gb_per_s=gb_per_s,
         share_of_copy=gb_per_s / copy_gb_per_s,
@@ -406,10 +412,12 @@ def _measure(case: _Case, rounds: int, copy_gb_per_s: float) -> KernelTimes:
     )
 
 
-def _max_error(case: _Case) -> float:
-    """Of packed pages the largest difference of a byte, which must be 0."""
-    actual, expected = case.kernel().float(), case.expected().float()
-    return float((actual - expected).abs().max() / expected.abs().max())
+def _differences(case: _Case) -> tuple[float, float]:
+    """(largest error over the largest expected value, share of equal elements)."""
+    actual, expected = case.kernel(), case.expected()
+    equal = float((actual == expected).float().mean())
+    actual, expected = case.values(actual), case.values(expected)
+    return float((actual - expected).abs().max() / expected.abs().max()), equal
 
 
 def _copy_gb_per_s(size: int) -> float:

@@ -159,6 +159,21 @@ def demo(
         _fail("a repeated request did not give the tokens of the first one")
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Say what would run on this machine and why; what makes it slow is marked as a warning."""
+    from kvferry.deploy.doctor import examine, print_findings
+
+    findings = examine()
+    if as_json:
+        warnings = sum(finding.warns for finding in findings)
+        print(json.dumps({"warnings": warnings, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        print_findings(findings)
+
+
 @bench.command("decode")
 def bench_decode_command(
     model: ModelOption = None,
