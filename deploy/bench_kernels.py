@@ -131,12 +131,11 @@ class KernelBench:
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """What is timed: the kernel first, then its baselines by name."""
+    """What is timed: kernels by op, then their baselines by name."""
 
-    op: str
-    backend: str
     shape: Shape
-    kernel: Call
+    kernels: dict[str, tuple[str, Call]]
+    """By op: backend and call."""
     baselines: dict[str, Call]
     values: Callable[[Tensor], Tensor] = Tensor.float
     """The numbers that a result stands for."""
@@ -162,7 +161,7 @@ def bench_kernels(
         for make, shape in makers:
             progress(f"{make.__name__.strip('_').removesuffix('_case')} {shape}")
             kernels = select_kernels(torch.device("cpu"), head_dim=shape.D, impl="cpu").kernels
-            results.append(_measure(make(kernels, shape), rounds, copy))
+            results += _measure(make(kernels, shape), rounds, copy)
     machine = Machine(
         cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
@@ -263,11 +262,14 @@ def _decode_case(kernels: PackedKernels, shape: Shape) -> _Case:
     query, scale = _random_query(batch_size, heads * group, dim), dim**-0.5
     rows = query.view(batch_size, heads, group, dim)
     sdpa = _Sdpa(keys, values)
+    one_term = select_kernels(torch.device("cpu"), head_dim=dim, impl="cpu-int8").kernels
+
+    def attention(by: PackedKernels) -> tuple[str, Call]:
+        return by.name, lambda: by.decode_attention(query, batch, layer=0, scale=scale)
+
     return _Case(
-        op="decode_int8x2",
-        backend=kernels.name,
         shape=shape,
-        kernel=lambda: kernels.decode_attention(query, batch, layer=0, scale=scale),
+        kernels={"decode_int8x2": attention(kernels), "decode_int8": attention(one_term)},
         baselines=sdpa.calls("rows", rows) | sdpa.calls("enable_gqa", query.unsqueeze(2), enable_gqa=True),
         expected=lambda: ReferenceKernels().decode_attention(query, batch, layer=0, scale=scale),
         bytes_read=pool.nbytes + sinks.nbytes + tails.nbytes // BLOCK_SIZE * MEAN_TAIL,
@@ -286,15 +288,17 @@ def _chunk_case(kernels: PackedKernels, shape: Shape) -> _Case:
     rows = query.view(1, heads, group * CHUNK, dim)
     mask = torch.ones(CHUNK, packed + CHUNK, dtype=torch.bool).tril(packed).repeat(group, 1)
     sdpa = _Sdpa(keys, values)
+
+    def run(by: PackedKernels = kernels) -> Tensor:
+        return by.chunk_attention(query, own_keys, own_values, prefix, layer=0, scale=scale)
+
     return _Case(
-        op="chunk",
-        backend=kernels.name,
         shape=shape,
-        kernel=lambda: kernels.chunk_attention(query, own_keys, own_values, prefix, layer=0, scale=scale),
+        kernels={"chunk": (kernels.name, run)},
         baselines=sdpa.calls("rows", rows, attn_mask=mask)
         | sdpa.calls("rows, no mask", rows)
         | sdpa.calls("enable_gqa", query.unsqueeze(0), attn_mask=mask[:CHUNK], enable_gqa=True),
-        expected=lambda: ReferenceKernels().chunk_attention(query, own_keys, own_values, prefix, layer=0, scale=scale),
+        expected=lambda: run(ReferenceKernels()),
         bytes_read=pool.nbytes + sinks.nbytes + own_keys.nbytes + own_values.nbytes,
     )
 
@@ -312,10 +316,8 @@ def _quantize_case(kernels: PackedKernels, shape: Shape) -> _Case:
         return quantize_pages(keys, values, sink_tokens=SINK_TOKENS)
 
     return _Case(
-        op="quantize",
-        backend=kernels.name,
         shape=shape,
-        kernel=run,
+        kernels={"quantize": (kernels.name, run)},
         baselines={"reference": reference},
         values=lambda pages: torch.stack(dequantize_pages(pages, shape.D)),
         expected=reference,
@@ -370,8 +372,8 @@ def _pool(kernels: PackedKernels, keys: Tensor, values: Tensor) -> tuple[Tensor,
     return pool, blocks
 
 
-def _measure(case: _Case, rounds: int, copy_gb_per_s: float) -> KernelTimes:
-    contenders = {case.op: case.kernel, **case.baselines}
+def _measure(case: _Case, rounds: int, copy_gb_per_s: float) -> list[KernelTimes]:
+    contenders = {op: call for op, (_, call) in case.kernels.items()} | case.baselines
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():
         call()  # first calls allocate
@@ -386,35 +388,43 @@ def _measure(case: _Case, rounds: int, copy_gb_per_s: float) -> KernelTimes:
         name: Times(name, 1000 * statistics.median(taken), 1000 * min(taken), len(taken))
         for name, taken in seconds.items()
     }
-    own = times.pop(case.op)
+    expected = case.expected()
+    return [
+        _kernel_times(case, op, times, _differences(case, call(), expected), copy_gb_per_s)
+        for op, (_, call) in case.kernels.items()
+    ]
+
+
+def _kernel_times(
+    case: _Case, op: str, times: dict[str, Times], differences: tuple[float, float], copy_gb_per_s: float
+) -> KernelTimes:
+    own = times[op]
     fp32, bf16, reference = (times.get(name) for name in ("SDPA fp32, rows", "SDPA bf16, rows", "reference"))
-    max_error, equal = _differences(case)
     gb_per_s = case.bytes_read / own.median_ms / 1e6
     return KernelTimes(
-        op=case.op,
-        backend=case.backend,
+        op=op,
+        backend=case.kernels[op][0],
         shape=case.shape,
         median_ms=own.median_ms,
         min_ms=own.min_ms,
-        rounds=rounds,
+        rounds=own.rounds,
         ratio_fp32=fp32.median_ms / own.median_ms if fp32 else None,
         ratio_bf16=bf16.median_ms / own.median_ms if bf16 else None,
         ratio_fp32_min=fp32.min_ms / own.min_ms if fp32 else None,
         ratio_bf16_min=bf16.min_ms / own.min_ms if bf16 else None,
         ratio_reference=reference.median_ms / own.median_ms if reference else None,
-        max_error=max_error,
-        bytes_equal=equal if case.op == "quantize" else None,
+        max_error=differences[0],
+        bytes_equal=differences[1] if op == "quantize" else None,
         bytes_read=case.bytes_read,
         gb_per_s=gb_per_s,
         share_of_copy=gb_per_s / copy_gb_per_s,
-        fp32_gb_per_s=2 * gb_per_s if case.op == "quantize" else None,
-        baselines=list(times.values()),
+        fp32_gb_per_s=2 * gb_per_s if op == "quantize" else None,
+        baselines=[times[name] for name in case.baselines],
     )
 
 
-def _differences(case: _Case) -> tuple[float, float]:
+def _differences(case: _Case, actual: Tensor, expected: Tensor) -> tuple[float, float]:
     """(largest error over the largest expected value, share of equal elements)."""
-    actual, expected = case.kernel(), case.expected()
     equal = float((actual == expected).float().mean())
     actual, expected = case.values(actual), case.values(expected)
     return float((actual - expected).abs().max() / expected.abs().max()), equal

@@ -49,7 +49,7 @@ class ModelConfig:
     device: str = "auto"
     dtype: str = "auto"
     kernels: str | None = None
-    """"reference", "cpu" or "triton"; None chooses."""
+    """"reference", "cpu", "cpu-int8" or "triton"; None chooses."""
     max_model_len: int = 0
     """0: the model's own window."""
 

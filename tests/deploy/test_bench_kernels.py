@@ -44,7 +44,7 @@ def by_op(bench: KernelBench) -> dict[str, Any]:
 
 def test_every_case_has_the_documented_fields(tiny: KernelBench) -> None:
     cases = by_op(tiny)
-    assert {"decode_int8x2", "chunk", "quantize"} <= set(cases)
+    assert set(cases) == {"decode_int8x2", "decode_int8", "chunk", "quantize"}
     for case in cases.values():
         assert set(case["shape"]) == {"B", "Hkv", "G", "D", "T"}
         assert case["backend"].startswith("cpu-")
@@ -56,7 +56,7 @@ def test_attention_is_right_and_has_baselines(tiny: KernelBench) -> None:
     for op, case in by_op(tiny).items():
         if op == "quantize":
             continue
-        assert 0 < case["max_error"] < (5e-2 if op == "decode_int8" else 1e-3), op
+        assert 0 < case["max_error"] < (0.2 if op == "decode_int8" else 1e-3), op
         assert all(case[ratio] > 0 for ratio in RATIOS)
         names = {baseline["name"] for baseline in case["baselines"]}
         assert {f"SDPA {d}, {way}" for d in ("fp32", "bf16") for way in ("rows", "enable_gqa")} <= names
