@@ -20,7 +20,7 @@ class Selection(NamedTuple):
 def select_kernels(device: torch.device, *, head_dim: int, impl: str | None = None) -> Selection:
     """The kernels for `device`; `impl` ("reference", "cpu", "cpu-int8", "triton") overrides the choice.
 
-    "cpu-int8" is "cpu" with one byte a number in decode attention: faster, but off by per cents, more with large scores.
+    "cpu-int8" is "cpu" with one byte a number in decode attention: faster, but off by per cents, more at large scores.
 
     Raises ValueError when the implementation asked for cannot run here.
     """

@@ -1,7 +1,7 @@
 /* Paged fused dequant-attention for decode.
  *
  * Codes are multiplied as they are, by vpmaddubsw: scales are folded into the query (K) and into the probabilities (V),
- * which are then split into TERMS 8-bit terms: two (error about 2e-4), or one, which is faster (about 2e-2). Zero
+ * which are then split into TERMS 8-bit terms: two (error about 2e-4), or one, which is faster (about 4e-2). Zero
  * points become a bias of the score and a sum of probabilities. K and V never exist in floating point.
  *
  * A context is cut into pieces that depend on its own length alone: first the fp16 tokens (sinks and tail), then
