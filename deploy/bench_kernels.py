@@ -232,6 +232,7 @@ def plot_kernel_times(bench: KernelBench, path: Path) -> None:
         axes.bar_label(bars, fmt="%.1fx", padding=2)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(list(places), [f"{case.op}\n{case.shape}" for case in cases])
+    axes.margins(x=0.08)
     axes.invert_yaxis()
     axes.set_xlabel("times faster than torch's attention on unquantized K and V (median)")
     axes.set_title(f"{bench.machine.cpu}, {bench.machine.threads} threads, load {bench.machine.load_before:.1f}")
