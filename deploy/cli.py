@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import signal
@@ -9,7 +10,7 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -28,6 +29,8 @@ app = typer.Typer(
 
 bench = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+
+STATIC_TARGETS = ("sm_80", "sm_90")
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML or TOML file; see docs/configuration.md.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help='Hugging Face folder, .gguf file, hub id, or "demo".')]
@@ -156,6 +159,21 @@ def demo(
         _fail("a repeated request did not give the tokens of the first one")
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Say what would run on this machine and why; what makes it slow is marked as a warning."""
+    from kvferry.deploy.doctor import examine, print_findings
+
+    findings = examine()
+    if as_json:
+        warnings = sum(finding.warns for finding in findings)
+        print(json.dumps({"warnings": warnings, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        print_findings(findings)
+
+
 @bench.command("decode")
 def bench_decode_command(
     model: ModelOption = None,
@@ -175,6 +193,59 @@ def bench_decode_command(
     print_decode_times(results, context=context)
     if json_path is not None:
         json_path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+
+
+@bench.command("kernels")
+def bench_kernels_command(
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each contender.")] = 30,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", help="Also draw the ratios (.png, .svg); needs matplotlib.")
+    ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Compile the Triton kernels and read their machine code instead; no GPU.")
+    ] = False,
+    target: Annotated[
+        list[str] | None, typer.Option(help="With --static: compile for this, e.g. sm_90; may be repeated.")
+    ] = None,
+) -> None:
+    """The CPU kernels against torch's attention on unquantized K and V, on this machine, in one run."""
+    if static and plot_path is not None:
+        _fail("--plot draws measured times: leave --static out")
+    report = _static_kernels(target or list(STATIC_TARGETS)) if static else _measured_kernels(rounds, plot_path)
+    if json_path is not None:
+        try:
+            json_path.write_text(json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            _fail(str(error))
+
+
+def _measured_kernels(rounds: int, plot_path: Path | None) -> dict[str, Any]:
+    from kvferry.deploy.bench_kernels import bench_kernels, plot_kernel_times, print_kernel_times, require_matplotlib
+
+    try:
+        if plot_path is not None:
+            require_matplotlib()  # before minutes of measuring, not after them
+        results = bench_kernels(rounds=rounds, progress=lambda line: print(line, file=sys.stderr, flush=True))
+        print_kernel_times(results)
+        if plot_path is not None:
+            plot_kernel_times(results, plot_path)
+    except (OSError, RuntimeError, ValueError) as error:
+        _fail(str(error))
+    return asdict(results)
+
+
+def _static_kernels(targets: list[str]) -> dict[str, Any]:
+    try:
+        module = importlib.import_module("kvferry.deploy.bench_kernels_static")
+    except ImportError as error:
+        _fail(f"--static needs Triton: pip install 'kvferry[gpu]' ({error})")
+    try:
+        kernels = module.static_kernels(targets)
+    except (OSError, RuntimeError, ValueError) as error:
+        _fail(str(error))
+    module.print_static_kernels(kernels)
+    return {"kernels": [asdict(kernel) for kernel in kernels]}
 
 
 def main() -> None:

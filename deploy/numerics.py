@@ -7,6 +7,7 @@ packs for a fixed prompt. Two workers of one class have shown that they agree on
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 import transformers
@@ -55,12 +56,17 @@ def probe(engine: PrefillEngine) -> bytes:
 
 
 def rows_are_invariant(model: TransformersModel, *, max_rows: int) -> bool:
-    """Whether a row of each of the model's matmuls has the same bits at every row count that decode pads to, up to
+    """`linears_keep_rows` for the model's matmuls."""
+    return linears_keep_rows(model.distinct_linears(), max_rows=max_rows)
+
+
+def linears_keep_rows(linears: Iterable[torch.nn.Linear], *, max_rows: int) -> bool:
+    """Whether a row of each of these matmuls has the same bits at every row count that decode pads to, up to
     `max_rows`. It is a property of the library and the chip, so it is tried on the machine."""
     counts = sorted({padded_rows(n) for n in range(1, min(max_rows, 48) + 1)} | {padded_rows(max_rows)})
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        for linear in model.distinct_linears():
+        for linear in linears:
             rows = torch.randn(counts[-1], linear.in_features, generator=generator).to(linear.weight)
             widest = linear(rows)
             if not all(torch.equal(linear(rows[:n].contiguous()), widest[:n]) for n in counts):

@@ -83,7 +83,7 @@ class Settings(BaseSettings):
     served_model_name: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    kernels: Literal["reference", "cpu", "triton"] | None = None
+    kernels: Literal["reference", "cpu", "cpu-int8", "triton"] | None = None
     threads: int = Field(0, ge=0)
     """Threads of each CPU worker; 0: one a core."""
     max_model_len: int = Field(0, ge=0)

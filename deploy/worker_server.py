@@ -49,7 +49,7 @@ class ModelConfig:
     device: str = "auto"
     dtype: str = "auto"
     kernels: str | None = None
-    """"reference", "cpu" or "triton"; None chooses."""
+    """"reference", "cpu", "cpu-int8" or "triton"; None chooses."""
     max_model_len: int = 0
     """0: the model's own window."""
 
@@ -61,7 +61,7 @@ class ModelRuntime:
         device = _device(config.device)
         source = find_model(config.model)
         self._served_name = config.served_name or source.name
-        dtype = _dtype(config.dtype, device)
+        dtype = resolve_dtype(config.dtype, device)
         self.loaded: LoadedModel = load_model(source, device=device, dtype=dtype)
         model = self.loaded.model
         self.layout = BlockLayout(
@@ -230,7 +230,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is bf16 where the processor multiplies it natively, else fp32."""
     if name == "auto":
         capabilities = torch.cpu.get_capabilities()

@@ -1,8 +1,8 @@
 /* Paged fused dequant-attention for decode.
  *
  * Codes are multiplied as they are, by vpmaddubsw: scales are folded into the query (K) and into the probabilities (V),
- * which are then split into two 8-bit terms. Zero points become a
- * bias of the score and a sum of probabilities. K and V never exist in floating point.
+ * which are then split into TERMS 8-bit terms: two (error about 2e-4), or one, which is faster (about 4e-2). Zero
+ * points become a bias of the score and a sum of probabilities. K and V never exist in floating point.
  *
  * A context is cut into pieces that depend on its own length alone: first the fp16 tokens (sinks and tail), then
  * PIECE_PAGES packed pages each. A work item is a piece of one KV head, for all its query heads; whoever finishes the
@@ -29,8 +29,8 @@
  * and rescaling becomes rare. */
 #define LAZY 8.0f
 #define TINY 1e-30f
-#define Q_LEVELS 32639.0f /* 127 * 256 + 127 */
-#define P_LEVELS 65280.0f /* 255 * 256 */
+#define Q_LEVELS(TERMS) ((TERMS) == 2 ? 32639.0f : 127.0f) /* 127 * 256 + 127 */
+#define P_LEVELS(TERMS) ((TERMS) == 2 ? 65280.0f : 255.0f) /* 255 * 256 */
 
 /* Strides count elements of their array: bytes for the pool, else fp16 or int32. Pool, sinks and tails point at the
  * layer. */
@@ -43,7 +43,7 @@ struct decode_args {
     int64_t pool_blocks, pool_block_stride, pool_head_stride;
     int64_t num_slots, sinks_slot_stride, sinks_head_stride;
     int64_t tails_slot_stride, tails_value_offset, tails_head_stride;
-    int64_t table_stride, batch, kv_heads, group, head_dim, sink_tokens, block_size, threads;
+    int64_t table_stride, batch, kv_heads, group, head_dim, sink_tokens, block_size, threads, terms;
     float scale;
 };
 
@@ -87,13 +87,17 @@ INLINE void to_probabilities(const int D, struct state *s, int g, __m256 x[4]) {
     s->sum[g] = _mm256_add_ps(s->sum[g], _mm256_add_ps(_mm256_add_ps(x[0], x[1]), _mm256_add_ps(x[2], x[3])));
 }
 
-/* 32 numbers, x * inverse rounded, as two byte terms: 256 high + low, where low is signed as x is. Each pair of bytes
- * is stored twice, to fill the 32 bits that a load can broadcast without a shuffle. */
-INLINE void store_terms(const __m256 x[4], __m256 inverse, const int is_signed, uint32_t high[16], uint32_t low[16]) {
+/* 32 numbers, x * inverse rounded, as one byte or as two byte terms: 256 high + low, where low is signed as x is. Each
+ * pair of bytes is stored twice, to fill the 32 bits that a load can broadcast without a shuffle. */
+INLINE void store_terms(const int TERMS, const __m256 x[4], __m256 inverse, const int is_signed, uint32_t high[16],
+                        uint32_t low[16]) {
     __m256i i[4];
     UNROLL for (int k = 0; k < 4; k++) i[k] = _mm256_cvtps_epi32(_mm256_mul_ps(x[k], inverse));
     __m256i terms[2];
-    if (is_signed) {
+    if (TERMS == 1) {
+        terms[0] = is_signed ? _mm256_packs_epi16(_mm256_packs_epi32(i[0], i[1]), _mm256_packs_epi32(i[2], i[3]))
+                             : _mm256_packus_epi16(_mm256_packus_epi32(i[0], i[1]), _mm256_packus_epi32(i[2], i[3]));
+    } else if (is_signed) {
         const __m256i half = _mm256_set1_epi16(128);
         __m256i a = _mm256_packs_epi32(i[0], i[1]), b = _mm256_packs_epi32(i[2], i[3]);
         terms[0] = _mm256_packs_epi16(_mm256_srai_epi16(_mm256_add_epi16(a, half), 8),
@@ -106,7 +110,7 @@ INLINE void store_terms(const __m256 x[4], __m256 inverse, const int is_signed, 
         terms[0] = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
         terms[1] = _mm256_packus_epi16(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
     }
-    UNROLL for (int r = 0; r < 2; r++) {
+    UNROLL for (int r = 0; r < TERMS; r++) {
         uint32_t *o = r ? low : high;
         __m256i lo = _mm256_unpacklo_epi16(terms[r], terms[r]), hi = _mm256_unpackhi_epi16(terms[r], terms[r]);
         _mm256_store_si256((__m256i *)o, _mm256_permute4x64_epi64(lo, 0xD8));
@@ -123,15 +127,16 @@ INLINE void accumulate(__m256i *acc, __m256i products) {
     __asm__("vpaddw %1, %0, %0" : "+x"(*acc) : "x"(products));
 }
 
-/* 16 sums 256 * high + low, as int32: lanes 0-3, 8-11 and lanes 4-7, 12-15. */
-INLINE void join_terms(__m256i high, __m256i low, __m256i out[2]) {
-    const __m256i weights = _mm256_set1_epi32(1 << 16 | 256);
-    out[0] = _mm256_madd_epi16(_mm256_unpacklo_epi16(high, low), weights);
-    out[1] = _mm256_madd_epi16(_mm256_unpackhi_epi16(high, low), weights);
+/* 16 sums 256 * acc[0] + acc[1], or acc[0] of one term, as int32: lanes 0-3, 8-11 and lanes 4-7, 12-15. */
+INLINE void join_terms(const int TERMS, const __m256i acc[2], __m256i out[2]) {
+    const __m256i weights = _mm256_set1_epi32(TERMS == 2 ? 1 << 16 | 256 : 1);
+    const __m256i low = TERMS == 2 ? acc[1] : acc[0]; /* times 0 for one term */
+    out[0] = _mm256_madd_epi16(_mm256_unpacklo_epi16(acc[0], low), weights);
+    out[1] = _mm256_madd_epi16(_mm256_unpackhi_epi16(acc[0], low), weights);
 }
 
 /* Folds the page's K scale and zero point into the queries of GB heads, and splits them. */
-INLINE void fold_queries(const int D, const int GB, const uint8_t *page, const float *query,
+INLINE void fold_queries(const int D, const int GB, const int TERMS, const uint8_t *page, const float *query,
                          uint32_t terms[2][HEADS][MAX_HEAD_DIM / 2], float factor[4], float bias[4]) {
     const uint16_t *scale = (const uint16_t *)(page + K_SCALE(D)), *zero = (const uint16_t *)(page + K_ZERO(D));
     ALIGNED __m256 folded[HEADS][MAX_HEAD_DIM / 8];
@@ -148,18 +153,18 @@ INLINE void fold_queries(const int D, const int GB, const uint8_t *page, const f
     }
     ALIGNED float inverse[4];
     const __m128 peak = _mm_max_ps(max8x4(most), _mm_set1_ps(TINY));
-    _mm_store_ps(inverse, _mm_div_ps(_mm_set1_ps(Q_LEVELS), peak));
-    _mm_store_ps(factor, _mm_mul_ps(peak, _mm_set1_ps(1.0f / (FOLD * Q_LEVELS))));
+    _mm_store_ps(inverse, _mm_div_ps(_mm_set1_ps(Q_LEVELS(TERMS)), peak));
+    _mm_store_ps(factor, _mm_mul_ps(peak, _mm_set1_ps(1.0f / (FOLD * Q_LEVELS(TERMS)))));
     _mm_store_ps(bias, sum8x4(shift));
     UNROLL for (int g = 0; g < GB; g++) {
         const __m256 inv = _mm256_set1_ps(inverse[g]);
         for (int i = 0; i < D / 32; i++)
-            store_terms(folded[g] + 4 * i, inv, 1, terms[0][g] + 16 * i, terms[1][g] + 16 * i);
+            store_terms(TERMS, folded[g] + 4 * i, inv, 1, terms[0][g] + 16 * i, terms[1][g] + 16 * i);
     }
 }
 
 /* Scores of the page's 32 tokens for GB heads. */
-INLINE void page_scores(const int D, const int GB, const uint8_t *page, uint32_t terms[2][HEADS][MAX_HEAD_DIM / 2],
+INLINE void page_scores(const int D, const int GB, const int TERMS, const uint8_t *page, uint32_t terms[2][HEADS][MAX_HEAD_DIM / 2],
                         const float factor[4], const float bias[4], float scores[HEADS][PAGE]) {
     const int words = D / 8;
     /* Planes before a 16-bit sum must be widened: planes * words * 2 * 128 * 3 < 2^15. */
@@ -175,14 +180,14 @@ INLINE void page_scores(const int D, const int GB, const uint8_t *page, uint32_t
                 UNROLL for (int i = plane; i < plane + planes; i++) {
                     const __m256i c = _mm256_and_si256(i ? _mm256_srli_epi16(w, 2 * i) : w, field);
                     UNROLL for (int g = 0; g < GB; g++)
-                        UNROLL for (int r = 0; r < 2; r++)
+                        UNROLL for (int r = 0; r < TERMS; r++)
                             accumulate(&acc[g][r],
                                        _mm256_maddubs_epi16(c, broadcast_pair(&terms[r][g][words * i + j])));
                 }
             }
             UNROLL for (int g = 0; g < GB; g++) {
                 __m256i sums[2];
-                join_terms(acc[g][0], acc[g][1], sums);
+                join_terms(TERMS, acc[g], sums);
                 UNROLL for (int k = 0; k < 2; k++)
                     total[g][k] = plane ? _mm256_add_epi32(total[g][k], sums[k]) : sums[k];
             }
@@ -237,7 +242,7 @@ struct weights {
 };
 
 /* Scores to probabilities, with the V scale folded in; zero points join zero_sum. */
-INLINE void weigh(const int D, const int GB, const uint8_t *page, float scores[HEADS][PAGE], struct state *s,
+INLINE void weigh(const int D, const int GB, const int TERMS, const uint8_t *page, float scores[HEADS][PAGE], struct state *s,
                   struct weights *weights) {
     ALIGNED float inverse[4];
     const uint16_t *scale = (const uint16_t *)(page + V_SCALE(D)), *zero = (const uint16_t *)(page + V_ZERO(D));
@@ -260,15 +265,16 @@ INLINE void weigh(const int D, const int GB, const uint8_t *page, float scores[H
         }
     }
     const __m128 peak = _mm_max_ps(max8x4(most), _mm_set1_ps(TINY));
-    _mm_store_ps(inverse, _mm_div_ps(_mm_set1_ps(P_LEVELS), peak));
-    _mm_store_ps(weights->factor, _mm_mul_ps(peak, _mm_set1_ps(1.0f / (FOLD * P_LEVELS))));
+    _mm_store_ps(inverse, _mm_div_ps(_mm_set1_ps(P_LEVELS(TERMS)), peak));
+    _mm_store_ps(weights->factor, _mm_mul_ps(peak, _mm_set1_ps(1.0f / (FOLD * P_LEVELS(TERMS)))));
     UNROLL for (int g = 0; g < GB; g++)
         UNROLL for (int n = 0; n < D / GROUP; n++)
-            store_terms(folded[g][n], _mm256_set1_ps(inverse[g]), 0, weights->terms[0][n][g], weights->terms[1][n][g]);
+            store_terms(TERMS, folded[g][n], _mm256_set1_ps(inverse[g]), 0, weights->terms[0][n][g],
+                        weights->terms[1][n][g]);
 }
 
 /* Adds the page's V, weighted, to the heads' outputs. */
-INLINE void add_values(const int D, const int GB, const uint8_t *page, const struct weights *weights, struct state *s) {
+INLINE void add_values(const int D, const int GB, const int TERMS, const uint8_t *page, const struct weights *weights, struct state *s) {
     ALIGNED __m256i rows[PAGE / 2][3];
     interleave_values(D, page + V_CODES(D), rows);
     UNROLL for (int j = 0; j < D / 16; j++) {
@@ -277,14 +283,14 @@ INLINE void add_values(const int D, const int GB, const uint8_t *page, const str
         for (int t = 0; t < PAGE / 2; t++) { /* 16 * 2 * 255 * 3 < 2^15 */
             const __m256i c = channel_codes(D, rows[t], j);
             UNROLL for (int g = 0; g < GB; g++)
-                UNROLL for (int r = 0; r < 2; r++)
+                UNROLL for (int r = 0; r < TERMS; r++)
                     accumulate(&acc[g][r], _mm256_maddubs_epi16(broadcast_pair(&weights->terms[r][j / 2][g][t]), c));
         }
         UNROLL for (int g = 0; g < GB; g++) {
             const __m256 f = _mm256_set1_ps(weights->factor[g]);
             float *o = s->out[g] + 16 * j; /* in the order of join_terms until the piece ends */
             __m256i sums[2];
-            join_terms(acc[g][0], acc[g][1], sums);
+            join_terms(TERMS, acc[g], sums);
             UNROLL for (int k = 0; k < 2; k++)
                 _mm256_store_ps(o + 8 * k, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[k]), f, _mm256_load_ps(o + 8 * k)));
         }
@@ -321,7 +327,7 @@ INLINE void prefetch(const uint8_t *page, const int bytes) {
 }
 
 /* A piece for GB heads. `query` is [GB, D], times scale * log2(e). */
-INLINE void attend_pages(const int D, const int GB, const struct pages *pages, const float *query, float *partials) {
+INLINE void attend_pages(const int D, const int GB, const int TERMS, const struct pages *pages, const float *query, float *partials) {
     ALIGNED uint32_t terms[2][HEADS][MAX_HEAD_DIM / 2];
     ALIGNED float scores[HEADS][PAGE], factor[4], bias[4];
     struct weights weights;
@@ -334,13 +340,13 @@ INLINE void attend_pages(const int D, const int GB, const struct pages *pages, c
             next = page_at(pages, i + 1, PAGE_BYTES(D));
             prefetch(next, PAGE_BYTES(D));
         }
-        fold_queries(D, GB, page, query, terms, factor, bias);
-        page_scores(D, GB, page, terms, factor, bias, scores);
+        fold_queries(D, GB, TERMS, page, query, terms, factor, bias);
+        page_scores(D, GB, TERMS, page, terms, factor, bias, scores);
         if (i == 0)
             for (int g = 0; g < GB; g++)
                 for (int t = 0; t < pages->sink_tokens; t++) scores[g][t] = -INFINITY;
-        weigh(D, GB, page, scores, &s, &weights);
-        add_values(D, GB, page, &weights, &s);
+        weigh(D, GB, TERMS, page, scores, &s, &weights);
+        add_values(D, GB, TERMS, page, &weights, &s);
     }
     for (int g = 0; g < GB; g++) store_partial(D, &s, g, partials + g * (D + 2));
 }
@@ -406,8 +412,11 @@ typedef void (*pages_fn)(const struct pages *, const float *, float *);
 typedef void (*half_fn)(const struct half_run[2], const float *, float *);
 
 #define SPECIALISE(D, GB)                                                                              \
-    static void pages_##D##_##GB(const struct pages *pages, const float *query, float *partials) {     \
-        attend_pages(D, GB, pages, query, partials);                                                   \
+    static void one_term_##D##_##GB(const struct pages *pages, const float *query, float *partials) {  \
+        attend_pages(D, GB, 1, pages, query, partials);                                                \
+    }                                                                                                  \
+    static void two_terms_##D##_##GB(const struct pages *pages, const float *query, float *partials) { \
+        attend_pages(D, GB, 2, pages, query, partials);                                                \
     }                                                                                                  \
     static void half_##D##_##GB(const struct half_run runs[2], const float *query, float *partials) {  \
         attend_half(D, GB, runs, query, partials);                                                     \
@@ -420,7 +429,7 @@ SPECIALISE_HEADS(128)
 
 #define ROW(kind, D) {kind##_##D##_1, kind##_##D##_2, kind##_##D##_3, kind##_##D##_4}
 #define TABLE(kind) {ROW(kind, 32), ROW(kind, 64), ROW(kind, 96), ROW(kind, 128)}
-static const pages_fn attend_pages_of[4][HEADS] = TABLE(pages);
+static const pages_fn attend_pages_of[2][4][HEADS] = {TABLE(one_term), TABLE(two_terms)};
 static const half_fn attend_half_of[4][HEADS] = TABLE(half);
 
 /* Merges the partials of one KV head, in the order of pieces. */
@@ -481,7 +490,7 @@ static void decode_item(void *context, int64_t item) {
         if (index == 0)
             attend_half_of[D / 32 - 1][heads - 1](runs, scaled, partials + g * (D + 2));
         else
-            attend_pages_of[D / 32 - 1][heads - 1](&pages, scaled, partials + g * (D + 2));
+            attend_pages_of[a->terms - 1][D / 32 - 1][heads - 1](&pages, scaled, partials + g * (D + 2));
     }
     if (atomic_fetch_sub_explicit(&call->unfinished[b * a->kv_heads + head], 1, memory_order_acq_rel) == 1)
         merge_pieces(call, b, head);
@@ -489,6 +498,7 @@ static void decode_item(void *context, int64_t item) {
 
 static int check(const struct decode_args *a) {
     if (a->head_dim % 32 || a->head_dim < 32 || a->head_dim > MAX_HEAD_DIM) return STATUS_HEAD_DIM;
+    if (a->terms != 1 && a->terms != 2) return STATUS_TERMS;
     if (a->block_size + a->sink_tokens > MAX_HALF_TOKENS || a->sink_tokens >= PAGE) return STATUS_LENGTH;
     for (int64_t b = 0; b < a->batch; b++) {
         if (a->slots[b] < 0 || a->slots[b] >= a->num_slots) return STATUS_SLOT;

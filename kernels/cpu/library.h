@@ -11,4 +11,5 @@ enum status {
     STATUS_SLOT = 4,
     STATUS_LENGTH = 5,
     STATUS_MEMORY = 6,
+    STATUS_TERMS = 7,
 };

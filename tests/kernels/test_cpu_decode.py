@@ -10,14 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvferry.kernels.cpu import NativeKernels
+from kvferry.kernels.cpu import NativeKernels, load
 from kvferry.kernels.packed import DecodeBatch
 from kvferry.kernels.reference import ReferenceKernels
 
 RATIO = 1e-3
+ONE_TERM_RATIOS = {0.0: 1e-2, 0.3: 0.1, 1.0: 0.3}
+"""By the strength of queries."""
 reference = ReferenceKernels()
 Check = Callable[[str, Tensor, Tensor, float], None]
 MakeCache = Callable[..., Any]
+
+
+@pytest.fixture
+def one_term(native: NativeKernels) -> NativeKernels:
+    return load(terms=1)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
@@ -34,6 +41,33 @@ def test_decode_attention(
         actual = native.decode_attention(query, batch, layer=layer, scale=cache.scale)
         for row in range(4):
             assert_close(f"layer {layer} row {row}", expected[row], actual[row], RATIO)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
+def test_one_term(
+    make_cache: MakeCache, assert_close: Check, one_term: NativeKernels, head_dim: int, group: int
+) -> None:
+    """One byte a number. A score is known to 7 bits of its largest term, so its error grows with the query."""
+    cache = make_cache(head_dim=head_dim, unused=(4,))
+    batch = cache.batch([[7, 0, 3, 8, 1], [2], [], [5, 6]], [1, 128, 37, 2], slots=[2, 0, 3, 1])
+    for strength, ratio in ONE_TERM_RATIOS.items():
+        query = torch.randn(4, 2 * group, head_dim) * strength
+        expected = reference.decode_attention(query, batch, layer=1, scale=cache.scale)
+        actual = one_term.decode_attention(query, batch, layer=1, scale=cache.scale)
+        for row in range(4):
+            assert_close(f"strength {strength} row {row}", expected[row], actual[row], ratio if row != 2 else 1e-5)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_one_term_row_has_the_same_bits_alone(make_cache: MakeCache, one_term: NativeKernels) -> None:
+    cache = make_cache(head_dim=64, kv_heads=3, blocks=12)
+    tables, tails, query = [[0, 1, 2, 3, 4, 5, 6], [7], [], [8, 9]], [77, 1, 128, 30], cache.query(3, 4)
+    together = one_term.decode_attention(query, cache.batch(tables, tails), layer=1, scale=cache.scale)
+    torch.set_num_threads(1)
+    for i in range(4):
+        batch = cache.batch([tables[i]], [tails[i]], slots=[i])
+        assert torch.equal(one_term.decode_attention(query[i, None], batch, layer=1, scale=cache.scale)[0], together[i])
 
 
 @pytest.mark.parametrize(("block_size", "sink_tokens", "kv_heads"), [(32, 0, 1), (32, 16, 3), (96, 1, 5), (1024, 4, 1)])

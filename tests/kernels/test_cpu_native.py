@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvferry.kernels.cpu import NativeKernels, NativeUnavailable, load
 from kvferry.kernels.cpu import native as module
+from kvferry.kernels.dispatch import select_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +23,17 @@ def fresh_cache() -> Iterator[None]:
 
 def test_load(native: NativeKernels) -> None:
     assert native.name == load(64).name == "cpu-avx2-int8x2/1"
+
+
+def test_names_say_how_many_terms(native: NativeKernels) -> None:
+    """The name is part of the numerics class: workers of different terms must not share blocks unawares."""
+    cpu = torch.device("cpu")
+    assert select_kernels(cpu, head_dim=64, impl="cpu").kernels.name == "cpu-avx2-int8x2/1"
+    assert select_kernels(cpu, head_dim=64, impl="cpu-int8").kernels.name == "cpu-avx2-int8/1"
+    with pytest.raises(ValueError, match="head_dim 80"):
+        select_kernels(cpu, head_dim=80, impl="cpu-int8")
+    with pytest.raises(ValueError, match="terms must be one of"):
+        load(terms=3)
 
 
 def test_openmp_is_the_one_of_torch(native: NativeKernels) -> None:
