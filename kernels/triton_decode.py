@@ -31,6 +31,7 @@ from kvferry.kernels.triton_unpack import (
     fused_multiply_add,
     half_of_pair,
     load_words,
+    selected_half_of_pair,
     unpack,
 )
 
@@ -158,8 +159,12 @@ def packed_attention_fwd_kernel(
 
         scores = tl.zeros([TOKENS, PADDED], tl.float32)
         for f in tl.static_range(STEPS):
-            scale = half_of_pair(key_scales[f % 4], (byte > 0) if SPLIT else (f >= 4))
-            zero = half_of_pair(key_zeros[f % 4], (byte > 0) if SPLIT else (f >= 4))
+            if SPLIT:
+                scale = selected_half_of_pair(key_scales[f], byte > 0)
+                zero = selected_half_of_pair(key_zeros[f], byte > 0)
+            else:
+                scale = half_of_pair(key_scales[f % 4], f >= 4, ASM)
+                zero = half_of_pair(key_zeros[f % 4], f >= 4, ASM)
             unit = unpack(key_words, f, ASM)
             key = fused_multiply_add(unit, scale[None, :], zero[None, :], ASM)
             scores = tl.dot(key, queries[f], scores)

@@ -79,14 +79,26 @@ def field_channel(word, field: tl.constexpr, HEAD_DIM: tl.constexpr):
     return (field % 4) * (HEAD_DIM // 4) + 2 * word + field // 4
 
 
-@triton.jit
-def half_of_pair(pairs, is_second):
-    """int32 loads of two adjacent fp16 numbers -> the first or, where `is_second` holds, the second one.
+@triton.constexpr_function
+def half_asm(is_second: bool) -> str:
+    """PTX that takes one half of two 32-bit words each, together in one register as HFMA2 wants them."""
+    return f"prmt.b32 $0, $1, $2, {'0x7632' if is_second else '0x5410'};"
 
-    Loads of 4 bytes can be asynchronous; loads of 2 cannot.
+
+@triton.jit
+def half_of_pair(pairs, SECOND: tl.constexpr, ASM: tl.constexpr):
+    """int32 loads of two adjacent fp16 numbers -> the first or the second one.
+
+    Loads of 4 bytes can be asynchronous; loads of 2 cannot. Two results are put in one register at once: from shifted
+    words ptxas makes two HFMA2 and a permute for every two keys (128 instructions more a page of D = 128).
     """
-    if isinstance(is_second, tl.constexpr):
-        bits = pairs >> 16 if is_second else pairs
-    else:
-        bits = tl.where(is_second, pairs >> 16, pairs)
+    if ASM:
+        return tl.inline_asm_elementwise(half_asm(SECOND), "=r,r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2)
+    bits = pairs >> 16 if SECOND else pairs
     return bits.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def selected_half_of_pair(pairs, is_second):
+    """`half_of_pair` with a tensor of booleans."""
+    return tl.where(is_second, pairs >> 16, pairs).to(tl.int16).to(tl.float16, bitcast=True)
