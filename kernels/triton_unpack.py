@@ -19,10 +19,11 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def unpack_asm(field: int) -> str:
-    """PTX that turns two 16-bit words into two fp16 numbers 1 + code/4, for one field."""
-    logic = "lop3.b32 $0, {}, 0x03000300, 0x3C003C00, 0xEA;"  # 0xEA: (a & b) | c
-    shift = 8 - 2 * field  # moves the field to bits 8 and 9
+def unpack_asm(field: int, low: bool = False) -> str:
+    """PTX that turns two 16-bit words into two fp16 numbers, 1 + code/4 or, if `low`, 1 + code/16, for one field."""
+    mask = "0x00C000C0" if low else "0x03000300"
+    logic = "lop3.b32 $0, {}, " + mask + ", 0x3C003C00, 0xEA;"  # 0xEA: (a & b) | c
+    shift = (6 if low else 8) - 2 * field  # moves the field to bits 6 and 7 or 8 and 9
     if shift == 0:
         return logic.format("$1")
     move = f"shl.b32 t, $1, {shift};" if shift > 0 else f"shr.u32 t, $1, {-shift};"
@@ -42,6 +43,17 @@ def unpack(words, field: tl.constexpr, ASM: tl.constexpr):
         return tl.inline_asm_elementwise(unpack_asm(field), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
     moved = words << (8 - 2 * field) if field < 4 else words >> (2 * field - 8)
     return ((moved & 0x0300) | 0x3C00).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def unpack_low(words, field: tl.constexpr, ASM: tl.constexpr):
+    """int16 words -> fp16 1 + code/16 of one field: an odd field shares its shift with the next one's `unpack`."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            unpack_asm(field, True), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
+    moved = words << (6 - 2 * field) if field < 3 else words >> (2 * field - 6)
+    return ((moved & 0x00C0) | 0x3C00).to(tl.float16, bitcast=True)
 
 
 @triton.jit

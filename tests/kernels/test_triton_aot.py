@@ -35,8 +35,8 @@ REGISTERS = {"packed": 168, "packed16": 255, "tail": 128, "merge": 64, "chunk": 
 """Most registers a thread; 168 leave room for 12 warps a multiprocessor."""
 AMD_REGISTERS = {"packed": 248, "packed16": 248, "tail": 168, "merge": 64, "chunk": 240, "quantize": 128}
 """Most vector registers: 256 leave room for 2 waves a SIMD, 168 for 3."""
-PER_TOKEN_HEAD = {"packed-d128": 22.5, "packed-d64": 17.0}
-BOUND = {"packed-d128": 0.95, "packed-d64": 0.85}
+PER_TOKEN_HEAD = {"packed-d128": 21.0, "packed-d64": 16.5}
+BOUND = {"packed-d128": 0.95, "packed-d64": 0.89}
 """Least static bound on sm_90."""
 
 
