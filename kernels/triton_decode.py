@@ -14,7 +14,7 @@ else is in the batch. A program reads K and V once for all query heads that shar
 # Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
 # Nor does it compile (*tuple, item).
 # ruff: noqa: RUF005
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
 
 from __future__ import annotations
 
