@@ -1,8 +1,8 @@
-"""Compiles the Triton kernels for an NVIDIA GPU without having one, and reads what came out.
+"""Compiles the Triton kernels for GPUs that are not here, and reads what came out.
 
-`python -m kvferry.kernels.triton_aot 80 90` prints a line a kernel: registers, spills, tensor-core instructions and the
-length of the main loop. The tests hold these to bounds. They catch regressions (a spill, a scalar path); they do not
-say how fast a kernel is. Triton's wheel brings ptxas, cuobjdump and nvdisasm.
+`python -m kvferry.kernels.triton_aot sm_90 gfx942 packed-d128` prints a `MachineCode` as JSON a line for these kernels,
+or for all of them, on these targets; see `machine_code`. Triton's wheel brings ptxas, cuobjdump, nvdisasm and what HIP
+needs.
 
 Needs a process without TRITON_INTERPRET: interpreted kernels cannot be compiled.
 """
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +26,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvferry.kernels import triton_chunk, triton_decode, triton_quantize
+from kvferry.kernels.layout import PAGE, page_bytes
+from kvferry.kernels.machine_code import (
+    TARGETS,
+    MachineCode,
+    amd_opcodes,
+    main_loop,
+    sass_instructions,
+)
+from kvferry.kernels.roofline import ASSUMED_DEVICES, static_bound
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
-LABEL = re.compile(r"\s*(\.L_x_\w+):")
-TENSOR_CORE = re.compile(r"HG?MMA")
 
 
 class KernelCase(NamedTuple):
@@ -42,55 +48,41 @@ class KernelCase(NamedTuple):
     """Triton's types of the pointers; other arguments are int32 but for the scale."""
     constants: dict[str, Any]
     options: dict[str, Any]
-    page_tokens: int
-    """Tokens that one iteration of the main loop reads, 0 when the loop is not over pages."""
+    tokens: int = 0
+    """Tokens of one KV head that one pass of the main loop, or of a kernel without one, goes through; 0: others."""
+    num_bytes: int = 0
+    """What such a pass reads and writes; 0 when arithmetic, not memory, is what it should be bound by."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MachineCode:
-    """What a compiled kernel is made of."""
-
-    name: str
-    arch: int
-    registers: int
-    spills: int
-    """Local-memory loads and stores: LOCAL of cuobjdump stays 0 even when there are some."""
-    tensor_core: int
-    """Tensor-core instructions in the main loop."""
-    loop: int
-    """Instructions of the main loop: the one with most tensor-core instructions."""
-    per_token: float
-    """Instructions of the main loop for each token of one KV head, per thread group of 32."""
-    unpack_asm: int
-    """Inline unpackings in the PTX: 0 when the plain path was compiled."""
-    opcodes: dict[str, int]
-    """How often each opcode occurs in the main loop, or in the kernel without one; suffixes are cut off."""
-
-
-def cases(arch: int) -> Iterator[KernelCase]:
+def cases(target: str) -> Iterator[KernelCase]:
     """The kernels as launched for 8 KV heads, shared by 4 query heads of 128 channels or 3 of 64; `packed16`: by 16."""
+    asm = target.startswith("sm_")
+    capability = int(target.removeprefix("sm_")) if asm else 0
+    narrow = 8 if asm else 16
     for head_dim, group in ((128, 4), (64, 3)):
         heads = dict(HEADS=8, GROUP=group, HEAD_DIM=head_dim)
         tag = f"d{head_dim}"
         pool = dict(words_ptr="*i16", pairs_ptr="*i32", halves_ptr="*fp16", table_ptr="*i32")
         partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32")
-        for name, members, padded in ((f"packed-{tag}", group, 8), (f"packed16-{tag}", 16, 16)):
+        for name, members, padded in ((f"packed-{tag}", group, narrow), (f"packed16-{tag}", 16, 16)):
             yield KernelCase(
                 name,
                 triton_decode.packed_attention_fwd_kernel,
                 dict(query_ptr="*fp16", **pool, **partial),
-                dict(heads, GROUP=members, PADDED=padded, BLOCK_PAGES=4, SINKS=4, ASM=True),
-                triton_decode.packed_options(padded, arch),
-                32,
+                dict(heads, GROUP=members, PADDED=padded, BLOCK_PAGES=4, SINKS=4, ASM=asm),
+                triton_decode.packed_options(padded, capability),
+                PAGE,
+                page_bytes(head_dim),
             )
         slots = dict(slots_ptr="*i32", tail_lens_ptr="*i32")
         yield KernelCase(
             f"tail-{tag}",
             triton_decode.tail_attention_fwd_kernel,
             dict(query_ptr="*fp16", tail_ptr="*fp16", sink_ptr="*fp16", **slots, **partial),
-            dict(heads, PADDED=8, TAIL_ROWS=128, SINKS=4),
+            dict(heads, PADDED=narrow, TAIL_ROWS=128, SINKS=4),
             triton_decode.TAIL_OPTIONS,
-            0,
+            triton_decode.TAIL_TILE.value,
+            triton_decode.TAIL_TILE.value * 2 * head_dim * 2,
         )
         yield KernelCase(
             f"merge-{tag}",
@@ -98,16 +90,15 @@ def cases(arch: int) -> Iterator[KernelCase]:
             dict(partial, part_ptr="*fp32", out_ptr="*fp16"),
             dict(heads, BLOCK_PAGES=4),
             triton_decode.MERGE_OPTIONS,
-            0,
         )
         yield KernelCase(
             f"chunk-{tag}",
             triton_chunk.chunk_attention_fwd_kernel,
             dict(query_ptr="*fp16", key_ptr="*fp16", value_ptr="*fp16", **pool)
             | dict(sink_ptr="*fp16", out_ptr="*fp16"),
-            dict(GROUP=group, HEAD_DIM=head_dim, BLOCK_PAGES=4, SINKS=4, ASM=True),
+            dict(GROUP=group, HEAD_DIM=head_dim, BLOCK_PAGES=4, SINKS=4, ASM=asm),
             triton_chunk.OPTIONS,
-            32,
+            PAGE,
         )
         yield KernelCase(
             f"quantize-{tag}",
@@ -116,12 +107,13 @@ def cases(arch: int) -> Iterator[KernelCase]:
             | dict(halves_ptr="*fp16", flag_ptr="*i32"),
             dict(PAGES=4, HEAD_DIM=head_dim),
             triton_quantize.OPTIONS,
-            0,
+            PAGE,
+            PAGE * 2 * head_dim * 2 + page_bytes(head_dim),
         )
 
 
-def compile_case(case: KernelCase, arch: int) -> MachineCode:
-    """Compiles for sm_<arch>. Raises what Triton raises when the kernel does not compile."""
+def compile_case(case: KernelCase, target: str) -> MachineCode:
+    """Compiles for a target of `TARGETS`. Raises what Triton raises when the kernel does not compile."""
     names: list[str] = case.kernel.arg_names
     signature = {}
     attrs = {}
@@ -136,32 +128,52 @@ def compile_case(case: KernelCase, arch: int) -> MachineCode:
             attrs[(index,)] = [["tt.divisibility", 16]]
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
-    return read_code(case, arch, compiled.asm["ptx"], compiled.asm["cubin"])
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    compiled = triton.compile(source, target=gpu, options=case.options)
+    if target.startswith("sm_"):
+        return read_cuda(case, target, compiled.asm["ptx"], compiled.asm["cubin"])
+    return read_amd(case, target, compiled.asm["amdgcn"])
 
 
-def read_code(case: KernelCase, arch: int, ptx: str, cubin: bytes) -> MachineCode:
+def read_cuda(case: KernelCase, target: str, ptx: str, cubin: bytes) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
-    registers = max(int(count) for count in re.findall(r"\bREG:(\d+)", usage))
-    code = _instructions(sass)
-    opcodes = [opcode for _, opcode, _ in code]
-    loop = _main_loop(code)
-    looked_at = loop or opcodes
+        code = sass_instructions(_tool("nvdisasm", "-c", file.name))
+    loop = main_loop(code)
+    looked_at = loop or [instruction.opcode for instruction in code]
     warps = case.options["num_warps"]
+    bound = None
+    if case.num_bytes:
+        bound = static_bound(looked_at, ASSUMED_DEVICES[target], warps=warps, num_bytes=case.num_bytes)
     return MachineCode(
         name=case.name,
-        arch=arch,
-        registers=registers,
-        spills=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
-        tensor_core=_tensor_core(looked_at),
+        target=target,
+        registers=max(int(count) for count in re.findall(r"\bREG:(\d+)", usage)),
+        spills=sum(instruction.opcode.startswith(("LDL", "STL")) for instruction in code),
         loop=len(loop),
-        per_token=len(loop) * warps / case.page_tokens if case.page_tokens else 0.0,
+        instructions_per_token_head=len(looked_at) * warps / case.tokens if case.tokens else None,
+        static_bound=bound,
         unpack_asm=ptx.count("0x3C003C00"),
-        opcodes=dict(Counter(opcode.split(".")[0] for opcode in looked_at)),
+        opcodes=dict(Counter(looked_at)),
+    )
+
+
+def read_amd(case: KernelCase, target: str, assembly: str) -> MachineCode:
+    opcodes = amd_opcodes(assembly)
+    (registers,) = re.findall(r"; TotalNumVgprs: (\d+)", assembly)
+    (spilled,) = re.findall(r"\.vgpr_spill_count: +(\d+)", assembly)
+    return MachineCode(
+        name=case.name,
+        target=target,
+        registers=int(registers),
+        spills=int(spilled) + sum(opcode.startswith("scratch_") for opcode in opcodes),
+        loop=0,
+        instructions_per_token_head=None,
+        static_bound=None,
+        unpack_asm=0,
+        opcodes=dict(Counter(opcodes)),
     )
 
 
@@ -170,58 +182,13 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _instructions(sass: str) -> list[tuple[int, str, int | None]]:
-    """(address, opcode, address a branch goes to) of every instruction."""
-    labels: dict[str, int] = {}
-    pending: list[str] = []
-    found: list[tuple[int, str, str]] = []
-    for line in sass.splitlines():
-        if label := LABEL.match(line):
-            pending.append(label[1])
-        elif instruction := INSTRUCTION.search(line):
-            address = int(instruction[1], 16)
-            labels.update(dict.fromkeys(pending, address))
-            pending.clear()
-            found.append((address, instruction[2], instruction[3]))
-    code = []
-    for address, opcode, operands in found:
-        target = re.search(r"\.L_x_\w+", operands) if opcode.startswith("BRA") else None
-        code.append((address, opcode, labels.get(target[0]) if target else None))
-    return code
-
-
-def _tensor_core(opcodes: list[str]) -> int:
-    return sum(bool(TENSOR_CORE.match(opcode)) for opcode in opcodes)
-
-
-def _main_loop(code: list[tuple[int, str, int | None]]) -> list[str]:
-    """Opcodes of the loop with the most tensor-core instructions; of those, the longest."""
-    loops = [
-        [opcode for at, opcode, _ in code if target <= at <= address]
-        for address, _, target in code
-        if target is not None and target < address
-    ]
-    return max(
-        loops,
-        key=lambda loop: (_tensor_core(loop), len(loop)),
-        default=[],
-    )
-
-
 def main(arguments: list[str]) -> None:
-    as_json = "--json" in arguments
-    targets = [int(argument) for argument in arguments if argument.isdigit()] or [80, 90]
-    for arch in targets:
-        for case in cases(arch):
-            code = compile_case(case, arch)
-            if as_json:
-                print(json.dumps(asdict(code)), flush=True)
-            else:
-                print(
-                    f"sm_{code.arch} {code.name:13} registers {code.registers:3} spills {code.spills} "
-                    f"tensor-core {code.tensor_core:3} loop {code.loop:4} per token {code.per_token:.1f}",
-                    flush=True,
-                )
+    targets = [argument for argument in arguments if argument in TARGETS]
+    names = [argument for argument in arguments if argument not in TARGETS]
+    for target in targets:
+        for case in cases(target):
+            if not names or case.name in names:
+                print(json.dumps(asdict(compile_case(case, target))), flush=True)
 
 
 if __name__ == "__main__":

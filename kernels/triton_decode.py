@@ -14,7 +14,7 @@ else is in the batch. A program reads K and V once for all query heads that shar
 # Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
 # Nor does it compile (*tuple, item).
 # ruff: noqa: RUF005
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from kvferry.kernels.triton_unpack import (
     fused_multiply_add,
     half_of_pair,
     load_words,
+    selected_half_of_pair,
     unpack,
+    unpack_low,
 )
 
 TOKENS = tl.constexpr(32)
@@ -94,8 +96,8 @@ def packed_attention_fwd_kernel(
     bytes, taken in 4 steps, one a field of a byte: word j stands in columns j and j + 8, once for either byte. There
     the select of a key scale keeps the compiler from unpacking keys in place: they do pass through shared memory.
 
-    A weight times a value scale is rounded to fp16: values are accurate to a part in a thousand of their group's spread
-    down to spreads of about 1e-3, below which the products become subnormal.
+    A weight times a value scale is rounded to fp16: values are accurate to two parts in a thousand of their group's
+    spread down to spreads of about 1e-3, below which the products become subnormal.
     """
     piece = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -128,7 +130,7 @@ def packed_attention_fwd_kernel(
         q = tl.load(query_row + channel[:, None], mask=used[None, :], other=0.0)
         queries = queries + (q.to(tl.float16),)
         acc = acc + (tl.zeros([DEPTH, PADDED], tl.float32),)
-    acc_zero = tl.zeros([16, PADDED], tl.float32)
+    acc_sums = tl.zeros([16, PADDED], tl.float32)
     peak = tl.full([PADDED], LOWEST, tl.float32)
     total = tl.zeros([PADDED], tl.float32)
 
@@ -144,9 +146,9 @@ def packed_attention_fwd_kernel(
         for g in tl.static_range(GROUPS):
             scale = tl.load(halves_ptr + base + 10 * HEAD_DIM + g * TOKENS + token)
             value_scales = value_scales + (scale,)
-        value_zeros = tl.load(
-            halves_ptr + base + 11 * HEAD_DIM + group_row[:, None] * TOKENS + token[None, :],
-            mask=group_row[:, None] < GROUPS,
+        value_sums = tl.load(
+            halves_ptr + base + 10 * HEAD_DIM + group_row[:, None] * TOKENS + token[None, :],
+            mask=group_row[:, None] < 2 * GROUPS,
             other=0.0,
         )
         key_pairs = pairs_ptr + base // 2 + 2 * HEAD_DIM + word
@@ -158,41 +160,50 @@ def packed_attention_fwd_kernel(
 
         scores = tl.zeros([TOKENS, PADDED], tl.float32)
         for f in tl.static_range(STEPS):
-            scale = half_of_pair(key_scales[f % 4], (byte > 0) if SPLIT else (f >= 4))
-            zero = half_of_pair(key_zeros[f % 4], (byte > 0) if SPLIT else (f >= 4))
+            if SPLIT:
+                scale = selected_half_of_pair(key_scales[f], byte > 0)
+                zero = selected_half_of_pair(key_zeros[f], byte > 0)
+            else:
+                scale = half_of_pair(key_scales[f % 4], f >= 4, ASM)
+                zero = half_of_pair(key_zeros[f % 4], f >= 4, ASM)
             unit = unpack(key_words, f, ASM)
             key = fused_multiply_add(unit, scale[None, :], zero[None, :], ASM)
             scores = tl.dot(key, queries[f], scores)
-        scores = scores * scale_log2
         if SINKS > 0:
             scores = tl.where((token + page * TOKENS >= SINKS)[:, None], scores, -float("inf"))
 
-        new_peak = tl.maximum(peak, tl.max(scores, axis=0))
+        # The scale is positive: scaled after the maximum, it costs one multiply-add with the subtraction.
+        new_peak = tl.maximum(peak, tl.max(scores, axis=0) * scale_log2)
         decay = tl.exp2(peak - new_peak)
-        weights = tl.exp2(scores - new_peak[None, :])
+        weights = tl.exp2(scores * scale_log2 - new_peak[None, :])
         total = total * decay + tl.sum(weights, axis=0)
         peak = new_peak
 
         # sum_t w (S u + Z) = sum_t (w S) u + sum_t w Z: the scale goes into the weights, and the zero point into a dot
-        # of its own that is added at the end.
+        # of its own that is added at the end. The rows of that dot that would be padding sum w S: odd fields, unpacked
+        # to u' = 1 + code/16 = (u + 3) / 4 because they then share a shift with the next field, need it.
         weights = weights.to(tl.float16)
-        acc_zero = tl.dot(value_zeros, weights, acc_zero * decay[None, :])
+        acc_sums = tl.dot(value_sums, weights, acc_sums * decay[None, :])
         new_acc = ()
         for f in tl.static_range(STEPS):
             scaled = weights * value_scales[(f % 4) * GROUPS // 4][:, None]
-            unit = unpack(value_words, f, ASM)
+            unit = unpack_low(value_words, f, ASM) if f % 2 else unpack(value_words, f, ASM)
             new_acc = new_acc + (tl.dot(unit, scaled, acc[f] * decay[None, :]),)
         acc = new_acc
 
     part = ((row * HEADS + head) * parts + 1 + piece) * GROUP + member
     inverse = 1.0 / total
     for f in tl.static_range(STEPS):
-        in_group = group_row[:, None] == (f % 4) * GROUPS // 4
-        zero = tl.sum(tl.where(in_group, acc_zero, 0.0), axis=0)
+        group = (f % 4) * GROUPS // 4
+        zero = tl.sum(tl.where((group_row == GROUPS + group)[:, None], acc_sums, 0.0), axis=0)
+        value = acc[f]
+        if f % 2:
+            scale = tl.sum(tl.where((group_row == group)[:, None], acc_sums, 0.0), axis=0)
+            value = 4.0 * value - 3.0 * scale[None, :]
         channel = field_channel(word, f, HEAD_DIM) + byte
         tl.store(
             out_ptr + part[None, :] * HEAD_DIM + channel[:, None],
-            (acc[f] + zero[None, :]) * inverse[None, :],
+            (value + zero[None, :]) * inverse[None, :],
             mask=used[None, :],
         )
     tl.store(lse_ptr + part, peak + tl.log2(total), mask=used)

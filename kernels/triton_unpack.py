@@ -19,10 +19,11 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def unpack_asm(field: int) -> str:
-    """PTX that turns two 16-bit words into two fp16 numbers 1 + code/4, for one field."""
-    logic = "lop3.b32 $0, {}, 0x03000300, 0x3C003C00, 0xEA;"  # 0xEA: (a & b) | c
-    shift = 8 - 2 * field  # moves the field to bits 8 and 9
+def unpack_asm(field: int, low: bool = False) -> str:
+    """PTX that turns two 16-bit words into two fp16 numbers, 1 + code/4 or, if `low`, 1 + code/16, for one field."""
+    mask = "0x00C000C0" if low else "0x03000300"
+    logic = "lop3.b32 $0, {}, " + mask + ", 0x3C003C00, 0xEA;"  # 0xEA: (a & b) | c
+    shift = (6 if low else 8) - 2 * field  # moves the field to bits 6 and 7 or 8 and 9
     if shift == 0:
         return logic.format("$1")
     move = f"shl.b32 t, $1, {shift};" if shift > 0 else f"shr.u32 t, $1, {-shift};"
@@ -42,6 +43,17 @@ def unpack(words, field: tl.constexpr, ASM: tl.constexpr):
         return tl.inline_asm_elementwise(unpack_asm(field), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
     moved = words << (8 - 2 * field) if field < 4 else words >> (2 * field - 8)
     return ((moved & 0x0300) | 0x3C00).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def unpack_low(words, field: tl.constexpr, ASM: tl.constexpr):
+    """int16 words -> fp16 1 + code/16 of one field: an odd field shares its shift with the next one's `unpack`."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            unpack_asm(field, True), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
+    moved = words << (6 - 2 * field) if field < 3 else words >> (2 * field - 6)
+    return ((moved & 0x00C0) | 0x3C00).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -79,14 +91,26 @@ def field_channel(word, field: tl.constexpr, HEAD_DIM: tl.constexpr):
     return (field % 4) * (HEAD_DIM // 4) + 2 * word + field // 4
 
 
-@triton.jit
-def half_of_pair(pairs, is_second):
-    """int32 loads of two adjacent fp16 numbers -> the first or, where `is_second` holds, the second one.
+@triton.constexpr_function
+def half_asm(is_second: bool) -> str:
+    """PTX that takes one half of two 32-bit words each, together in one register as HFMA2 wants them."""
+    return f"prmt.b32 $0, $1, $2, {'0x7632' if is_second else '0x5410'};"
 
-    Loads of 4 bytes can be asynchronous; loads of 2 cannot.
+
+@triton.jit
+def half_of_pair(pairs, SECOND: tl.constexpr, ASM: tl.constexpr):
+    """int32 loads of two adjacent fp16 numbers -> the first or the second one.
+
+    Loads of 4 bytes can be asynchronous; loads of 2 cannot. Two results are put in one register at once: from shifted
+    words ptxas makes two HFMA2 and a permute for every two keys (128 instructions more a page of D = 128).
     """
-    if isinstance(is_second, tl.constexpr):
-        bits = pairs >> 16 if is_second else pairs
-    else:
-        bits = tl.where(is_second, pairs >> 16, pairs)
+    if ASM:
+        return tl.inline_asm_elementwise(half_asm(SECOND), "=r,r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2)
+    bits = pairs >> 16 if SECOND else pairs
     return bits.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def selected_half_of_pair(pairs, is_second):
+    """`half_of_pair` with a tensor of booleans."""
+    return tl.where(is_second, pairs >> 16, pairs).to(tl.int16).to(tl.float16, bitcast=True)

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from kvferry.kernels.triton_unpack import high_byte_asm, unpack_asm
+from kvferry.kernels.triton_unpack import half_asm, high_byte_asm, unpack_asm
 
 PAIRS = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint64).astype(np.uint32)
 """Two words in a register."""
@@ -49,6 +49,29 @@ def test_unpack_asm_is_one_plus_a_quarter_of_the_code(field: int) -> None:
     got = emulate(unpack_asm(field), PAIRS).view(np.float16)
     codes = PAIRS.view(np.uint16) >> (2 * field) & 3
     assert np.array_equal(got.astype(np.float32), 1 + codes.astype(np.float32) / 4)
+
+
+@pytest.mark.parametrize("field", range(1, 8, 2))
+def test_low_unpack_asm_is_one_plus_a_sixteenth_of_the_code(field: int) -> None:
+    got = emulate(unpack_asm(field, True), PAIRS).view(np.float16)
+    codes = PAIRS.view(np.uint16) >> (2 * field) & 3
+    assert np.array_equal(got, 1 + codes.astype(np.float16) / 16)
+
+
+def test_an_odd_field_shares_its_shift_with_the_next() -> None:
+    for field in range(1, 7, 2):
+        shifts = [re.findall(r"sh[lr].*?;", asm) for asm in (unpack_asm(field, True), unpack_asm(field + 1))]
+        assert shifts[0] == shifts[1]
+
+
+@pytest.mark.parametrize("is_second", [False, True])
+def test_half_asm_puts_one_half_of_two_words_together(is_second: bool) -> None:
+    selector = re.fullmatch(r"prmt\.b32 \$0, \$1, \$2, 0x([0-7]{4});", half_asm(is_second))
+    assert selector is not None
+    words = [0x3322_1100, 0x7766_5544]
+    eight = b"".join(word.to_bytes(4, "little") for word in words)
+    got = bytes(eight[int(nibble)] for nibble in reversed(selector[1]))
+    assert got == b"".join((word >> 16 * is_second & 0xFFFF).to_bytes(2, "little") for word in words)
 
 
 @pytest.mark.parametrize("field", range(4))
