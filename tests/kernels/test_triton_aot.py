@@ -31,7 +31,7 @@ TARGETS = {
     "sm_89": DECODE,
 }
 """Kernels compiled for a target."""
-REGISTERS = {"packed": 168, "packed16": 255, "tail": 128, "merge": 64, "chunk": 216, "quantize": 176}
+REGISTERS = {"packed": 168, "packed16": 255, "tail": 128, "merge": 64, "chunk": 216, "quantize": 168}
 """Most registers a thread; 168 leave room for 12 warps a multiprocessor."""
 AMD_REGISTERS = {"packed": 248, "packed16": 248, "tail": 168, "merge": 64, "chunk": 240, "quantize": 128}
 """Most vector registers: 256 leave room for 2 waves a SIMD, 168 for 3."""
