@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import pytest
@@ -109,7 +110,7 @@ def test_sizes() -> None:
 @pytest.mark.parametrize("sink_tokens", [0, 4, 16])
 def test_payload_round_trip(sink_tokens: int) -> None:
     shape = layout(sink_tokens=sink_tokens)
-    block = torch.randint(0, 256, shape.pool_shape, dtype=torch.uint8)
+    block = torch.randint(0, 256, shape.pool_shape, dtype=torch.uint8) & 0xBF  # no fp16 in it is Inf or NaN
     sinks = torch.randn(shape.sink_shape).half()
     first = shape.join_payload(block, sinks)
     assert first.shape == (shape.payload_bytes(0),)
@@ -121,6 +122,27 @@ def test_payload_round_trip(sink_tokens: int) -> None:
     assert bytes(later.tolist()) == bytes(block.flatten().tolist())
     back, back_sinks = shape.split_payload(later, 7)
     assert torch.equal(back, block) and back_sinks is None
+
+
+@pytest.mark.parametrize("block_index", [0, 3])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_floats_that_are_not_finite_are_refused(block_index: int, number: float) -> None:
+    """Every fp16 of a payload in turn; the codes may be any bytes."""
+    shape = layout()
+    d = shape.head_dim
+    block = torch.zeros(shape.pool_shape, dtype=torch.uint8)
+    block[..., : 8 * d] = block[..., 12 * d : 20 * d] = 255
+    sinks = torch.zeros(shape.sink_shape).half() if block_index == 0 else None
+    payload = shape.join_payload(block, sinks)
+    shape.split_payload(payload, block_index)
+    bad = torch.tensor([number]).half().view(torch.uint8)
+    floats = [*range(8 * d, 12 * d, 2), *range(20 * d, 24 * d, 2)]
+    start = shape.sink_bytes // (shape.num_layers * shape.num_kv_heads) if block_index == 0 else 0
+    for offset in [*range(0, start, 2), *(start + f for f in floats)]:
+        damaged = payload.clone()
+        damaged[offset : offset + 2] = bad
+        with pytest.raises(ValueError, match="not finite"):
+            shape.split_payload(damaged, block_index)
 
 
 def test_payload_of_block_0_is_one_slice_a_head() -> None:
