@@ -238,7 +238,7 @@ class Lab:
         return await call.code()
 
     @staticmethod
-    async def eventually(condition, seconds=3.0):
+    async def eventually(condition, seconds=10.0):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "did not happen in time"

