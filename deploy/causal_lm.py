@@ -32,6 +32,8 @@ def _attention(
     *,
     scaling: float,
     kv_step: AttentionStep,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,  # transformers passes options of other implementations
 ) -> tuple[Tensor, None]:
     """query [1, Hq, n, D], key, value [1, H, n, D] -> [1, n, Hq, D]."""
@@ -42,7 +44,9 @@ def _attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        scaling,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
     )
     return out.unsqueeze(0), None
 

@@ -26,7 +26,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvferry.kernels import triton_chunk, triton_decode, triton_quantize
-from kvferry.kernels.layout import PAGE, page_bytes
 from kvferry.kernels.machine_code import (
     TARGETS,
     MachineCode,
@@ -34,7 +33,9 @@ from kvferry.kernels.machine_code import (
     main_loop,
     sass_instructions,
 )
+from kvferry.kernels.page import PageFormat
 from kvferry.kernels.roofline import ASSUMED_DEVICES, static_bound
+from kvferry.kernels.spec import PAGE, LayerSpec
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 
@@ -62,6 +63,7 @@ def cases(target: str) -> Iterator[KernelCase]:
     for head_dim, group in ((128, 4), (64, 3)):
         heads = dict(HEADS=8, GROUP=group, HEAD_DIM=head_dim)
         tag = f"d{head_dim}"
+        page_bytes = PageFormat(head_dim, LayerSpec()).num_bytes
         pool = dict(words_ptr="*i16", pairs_ptr="*i32", halves_ptr="*fp16", table_ptr="*i32")
         partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32")
         for name, members, padded in ((f"packed-{tag}", group, narrow), (f"packed16-{tag}", 16, 16)):
@@ -72,7 +74,7 @@ def cases(target: str) -> Iterator[KernelCase]:
                 dict(heads, GROUP=members, PADDED=padded, BLOCK_PAGES=4, SINKS=4, ASM=asm),
                 triton_decode.packed_options(padded, capability),
                 PAGE,
-                page_bytes(head_dim),
+                page_bytes,
             )
         slots = dict(slots_ptr="*i32", tail_lens_ptr="*i32")
         yield KernelCase(
@@ -108,7 +110,7 @@ def cases(target: str) -> Iterator[KernelCase]:
             dict(PAGES=4, HEAD_DIM=head_dim),
             triton_quantize.OPTIONS,
             PAGE,
-            PAGE * 2 * head_dim * 2 + page_bytes(head_dim),
+            PAGE * 2 * head_dim * 2 + page_bytes,
         )
 
 

@@ -191,7 +191,7 @@ def chunk_attention(
     group = query.shape[0] // heads
     query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
     out = torch.empty_like(query)
-    pool = prefix.pool[:, layer]
+    pool = prefix.layout.layer_pages(prefix.pool, layer)
     words = pool.view(torch.int16)
     chunk_attention_fwd_kernel[(triton.cdiv(group * n, ROW_TILE.value), heads)](
         query,

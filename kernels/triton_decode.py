@@ -359,7 +359,8 @@ def decode_attention(
     `narrow` is the least number of query columns a dot takes on this device: 8 on CUDA, 16 on HIP.
     """
     rows, query_heads, head_dim = query.shape
-    _, _, heads, block_pages, _ = batch.pool.shape
+    pool = batch.layout.layer_pages(batch.pool, layer)
+    _, heads, block_pages, _ = pool.shape
     max_blocks = batch.block_tables.shape[1]
     sinks = batch.sinks.shape[-2]
     group = query_heads // heads
@@ -371,7 +372,6 @@ def decode_attention(
     lse = query.new_empty(rows, heads, 1 + pieces, group, dtype=torch.float32)
     scale_log2 = scale * LOG2E
     if pieces:
-        pool = batch.pool[:, layer]
         words = pool.view(torch.int16)
         packed_attention_fwd_kernel[(pieces, heads, rows)](
             query,

@@ -7,6 +7,8 @@ from torch import Tensor
 from triton import knobs
 
 from kvferry.kernels.packed import DecodeBatch, PackedPrefix
+from kvferry.kernels.page import PageFormat
+from kvferry.kernels.spec import LayerSpec
 from kvferry.kernels.triton_chunk import chunk_attention
 from kvferry.kernels.triton_decode import decode_attention
 from kvferry.kernels.triton_quantize import quantize_block
@@ -38,8 +40,9 @@ class TritonKernels:
             major, minor = torch.cuda.get_device_capability()
             self._capability = 10 * major + minor
 
-    def quantize_block(self, keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor) -> None:
+    def quantize_block(self, keys: Tensor, values: Tensor, page: PageFormat, *, sink_tokens: int, out: Tensor) -> None:
         _check_head_dim(keys.shape[-1])
+        _check_plain(page)
         if keys.stride(-1) != 1 or values.stride(-1) != 1 or not out.is_contiguous():
             raise ValueError("channels of K and V must be contiguous, and so must the pages")
         flag = torch.zeros(1, dtype=torch.int32, device=keys.device)
@@ -47,8 +50,19 @@ class TritonKernels:
         if flag.item():
             raise ValueError("K or V is not finite: the block is refused")
 
-    def decode_attention(self, query: Tensor, batch: DecodeBatch, *, layer: int, scale: float) -> Tensor:
-        _check_heads(query.shape[1], batch.pool.shape[2], query.shape[2])
+    def decode_attention(
+        self,
+        query: Tensor,
+        batch: DecodeBatch,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        _check_heads(query.shape[1], batch.layout.num_kv_heads, query.shape[2])
+        _check_plain(batch.layout.layers[layer].page)
+        _check_rule(window, softcap)
         return decode_attention(
             query,
             batch,
@@ -68,14 +82,28 @@ class TritonKernels:
         *,
         layer: int,
         scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         _check_heads(query.shape[0], keys.shape[0], query.shape[2])
+        _check_plain(prefix.layout.layers[layer].page)
+        _check_rule(window, softcap)
         return chunk_attention(query, keys, values, prefix, layer=layer, scale=scale, asm=self._asm)
 
 
 def _check_head_dim(head_dim: int) -> None:
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim {head_dim}: the Triton kernels take {HEAD_DIMS}")
+
+
+def _check_plain(page: PageFormat) -> None:
+    if page.spec != LayerSpec():
+        raise ValueError(f"the Triton kernels do not take {page.spec} yet")
+
+
+def _check_rule(window: int | None, softcap: float | None) -> None:
+    if window is not None or softcap is not None:
+        raise ValueError("the Triton kernels take no sliding window and no soft cap yet")
 
 
 def _check_heads(query_heads: int, kv_heads: int, head_dim: int) -> None:

@@ -15,18 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvferry.kernels import reference
-from kvferry.kernels.layout import FOLD as LAYOUT_FOLD
-from kvferry.kernels.layout import PAGE
+from kvferry.kernels import reference, scales
+from kvferry.kernels.spec import PAGE
 
 SIDE = tl.constexpr(PAGE)
 """Tokens a page and values a group."""
-FIT_SHRINK = tl.constexpr(reference.FIT_SHRINK)
+FIT_SHRINK = tl.constexpr(reference.FIT_SHRINK[2])
 FIT_STEPS = tl.constexpr(reference.FIT_STEPS)
-MIN_FOLDED_SCALE = tl.constexpr(reference.MIN_FOLDED_SCALE)
-MAX_FOLDED = tl.constexpr(reference.MAX_FOLDED)
+MIN_FOLDED_SCALE = tl.constexpr(scales.MIN_FOLDED_SCALE)
+MAX_FOLDED = tl.constexpr(scales.MAX_FOLDED)
 LIMIT = tl.constexpr(reference.LIMIT)
-FOLD = tl.constexpr(LAYOUT_FOLD)
+FOLD = tl.constexpr(scales.FOLD)
 ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds a small fp32 number to the nearest integer, ties to even."""
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}

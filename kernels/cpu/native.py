@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvferry.kernels.layout import PAGE, page_bytes
+from kvferry.kernels.layout import BlockLayout, LayerLayout
 from kvferry.kernels.packed import DecodeBatch, PackedPrefix
+from kvferry.kernels.page import PageFormat
+from kvferry.kernels.spec import PAGE, LayerSpec
 
 LIBRARY = Path(__file__).with_name("_native.so")
 HEAD_DIMS = (32, 64, 96, 128)
@@ -153,7 +155,7 @@ class NativeKernels:
             function.argtypes = (ctypes.c_void_p,)
             function.restype = ctypes.c_int
 
-    def quantize_block(self, keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor) -> None:
+    def quantize_block(self, keys: Tensor, values: Tensor, page: PageFormat, *, sink_tokens: int, out: Tensor) -> None:
         """See `PackedKernels`. Any strides over heads and tokens; after a ValueError `out` holds garbage."""
         kv_heads, tokens, head_dim = keys.shape
         pages = tokens // PAGE
@@ -161,7 +163,8 @@ class NativeKernels:
         _expect("values", values, torch.float16, (kv_heads, tokens, head_dim), inner=1)
         if tokens % PAGE or not 0 <= sink_tokens < PAGE:
             raise ValueError(f"cannot pack {tokens} tokens with {sink_tokens} sinks in pages of {PAGE}")
-        _expect("out", out, torch.uint8, (kv_heads, pages, page_bytes(head_dim)), inner=3)
+        _check_plain(page)
+        _expect("out", out, torch.uint8, (kv_heads, pages, page.num_bytes), inner=3)
         args = _QuantizeArgs(
             keys=keys.data_ptr(),
             values=values.data_ptr(),
@@ -178,16 +181,26 @@ class NativeKernels:
         )
         _raise_for(self._quantize(ctypes.byref(args)))
 
-    def decode_attention(self, query: Tensor, batch: DecodeBatch, *, layer: int, scale: float) -> Tensor:
+    def decode_attention(
+        self,
+        query: Tensor,
+        batch: DecodeBatch,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """See `PackedKernels`. Block ids, slots and lengths are checked at each call."""
         rows = _rows(query)
         out = torch.empty_like(rows)
         args = self._decode_args(query, batch)
-        if not 0 <= layer < batch.pool.shape[1]:
-            raise ValueError(f"layer {layer} is not one of {batch.pool.shape[1]}")
+        _check_rule(window, softcap)
+        share = _share(batch.layout, layer)
         args.query = rows.data_ptr()
         args.out = out.data_ptr()
-        args.pool = batch.pool.data_ptr() + layer * batch.pool.stride(1)
+        args.pool = batch.pool.data_ptr() + share.offset
+        args.pool_head_stride = share.head_bytes
         args.sinks = batch.sinks.data_ptr() + 2 * layer * batch.sinks.stride(1)
         args.tails = batch.tails.data_ptr() + 2 * layer * batch.tails.stride(1)
         args.threads = torch.get_num_threads()
@@ -206,10 +219,11 @@ class NativeKernels:
             return _DecodeArgs.from_buffer_copy(last[2])
         size, query_heads, head_dim = query.shape
         pool, sinks, tails, tables = batch.pool, batch.sinks, batch.tails, batch.block_tables
-        blocks, layers, kv_heads, pages, _ = pool.shape
-        slots, block_size, sink_tokens = tails.shape[0], pages * PAGE, sinks.shape[-2]
+        layout = batch.layout
+        blocks, layers, kv_heads = pool.shape[0], layout.num_layers, layout.num_kv_heads
+        slots, block_size, sink_tokens = tails.shape[0], layout.block_size, sinks.shape[-2]
         head = (layers, kv_heads)
-        _expect("pool", pool, torch.uint8, (blocks, *head, pages, page_bytes(head_dim)), 2)
+        _expect("pool", pool, torch.uint8, (blocks, layout.block_bytes), 1)
         _expect("sinks", sinks, torch.float16, (slots, *head, 2, sink_tokens, head_dim), 3)
         _expect("tails", tails, torch.float16, (slots, layers, 2, kv_heads, block_size, head_dim), 2)
         _expect("block_tables", tables, torch.int32, (size, tables.shape[1]), 2)
@@ -223,7 +237,6 @@ class NativeKernels:
             tail_lens=batch.tail_lens.data_ptr(),
             pool_blocks=blocks,
             pool_block_stride=pool.stride(0),
-            pool_head_stride=pool.stride(2),
             num_slots=slots,
             sinks_slot_stride=sinks.stride(0),
             sinks_head_stride=sinks.stride(2),
@@ -251,19 +264,22 @@ class NativeKernels:
         *,
         layer: int,
         scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """See `PackedKernels`. Any strides over heads and tokens."""
+        _check_rule(window, softcap)
+        layout = prefix.layout
+        share = _share(layout, layer)
         query_heads, tokens, head_dim = query.shape
         pool, sinks, table = prefix.pool, prefix.sinks, prefix.table
-        blocks, layers, kv_heads, pages, _ = pool.shape
+        blocks, layers, kv_heads = pool.shape[0], layout.num_layers, layout.num_kv_heads
         sink_tokens = sinks.shape[-2]
         _expect("keys", keys, torch.float16, (kv_heads, tokens, head_dim), 1)
         _expect("values", values, torch.float16, (kv_heads, tokens, head_dim), 1)
-        _expect("pool", pool, torch.uint8, (blocks, layers, kv_heads, pages, page_bytes(head_dim)), 2)
+        _expect("pool", pool, torch.uint8, (blocks, layout.block_bytes), 1)
         _expect("sinks", sinks, torch.float16, (layers, kv_heads, 2, sink_tokens, head_dim), 4)
         _expect("table", table, torch.int32, (table.shape[0],), 1)
-        if not 0 <= layer < layers:
-            raise ValueError(f"layer {layer} is not one of {layers}")
         if sink_tokens >= PAGE:
             raise ValueError(f"{sink_tokens} sinks do not fit the first page")
         rows = _rows(query)
@@ -273,7 +289,7 @@ class NativeKernels:
             out=out.data_ptr(),
             keys=keys.data_ptr(),
             values=values.data_ptr(),
-            pool=pool.data_ptr() + layer * pool.stride(1),
+            pool=pool.data_ptr() + share.offset,
             sinks=sinks.data_ptr() + 2 * layer * sinks.stride(0),
             table=table.data_ptr(),
             query_head_stride=rows.stride(0),
@@ -284,14 +300,14 @@ class NativeKernels:
             value_token_stride=values.stride(1),
             pool_blocks=blocks,
             pool_block_stride=pool.stride(0),
-            pool_head_stride=pool.stride(2),
+            pool_head_stride=share.head_bytes,
             num_blocks=table.shape[0],
             kv_heads=kv_heads,
             group=_group(query_heads, kv_heads),
             tokens=tokens,
             head_dim=head_dim,
             sink_tokens=sink_tokens,
-            block_size=pages * PAGE,
+            block_size=layout.block_size,
             threads=torch.get_num_threads(),
             scale=scale,
         )
@@ -343,6 +359,24 @@ def _openmp_entry() -> int | None:
         return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None
+
+
+def _share(layout: BlockLayout, layer: int) -> LayerLayout:
+    if not 0 <= layer < layout.num_layers:
+        raise ValueError(f"layer {layer} is not one of {layout.num_layers}")
+    share = layout.layers[layer]
+    _check_plain(share.page)
+    return share
+
+
+def _check_plain(page: PageFormat) -> None:
+    if page.spec != LayerSpec():
+        raise ValueError(f"the CPU kernels do not take {page.spec} yet")
+
+
+def _check_rule(window: int | None, softcap: float | None) -> None:
+    if window is not None or softcap is not None:
+        raise ValueError("the CPU kernels take no sliding window and no soft cap yet")
 
 
 def _rows(query: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def test_one_token_context(native: NativeKernels, make_cache: MakeCache, assert_
 
 def test_long_context(native: NativeKernels, make_cache: MakeCache, assert_close: Check) -> None:
     """More pages than a piece has, ending in the middle of one."""
-    cache = make_cache(head_dim=128, kv_heads=1, layers=1, blocks=37)
+    cache = make_cache(head_dim=128, kv_heads=1, num_layers=1, blocks=37)
     table = torch.randperm(37).tolist()
     batch = cache.batch([table], [100])
     query = cache.query(4, 1)
