@@ -71,7 +71,7 @@ class BlockLayout:
         """A layer of blocks uint8 [..., block_bytes]: a view [..., kv_head, page, page_bytes]."""
         page, offset, head_bytes = self.layers[layer]
         share = pool[..., offset : offset + self.num_kv_heads * head_bytes]
-        return share.unflatten(-1, (self.num_kv_heads, self.block_size // page.tokens, page.num_bytes))
+        return torch.unflatten(share, -1, (self.num_kv_heads, self.block_size // page.tokens, page.num_bytes))
 
     @property
     def sink_shape(self) -> tuple[int, int, int, int, int]:
@@ -139,7 +139,7 @@ class BlockLayout:
         block, sinks = payload, None
         if block_index == 0:
             cut = self._head_sink_bytes
-            shares = payload.split([self.num_kv_heads * (cut + layer.head_bytes) for layer in self.layers])
+            shares = torch.split(payload, [self.num_kv_heads * (cut + layer.head_bytes) for layer in self.layers])
             runs = [share.view(self.num_kv_heads, -1) for share in shares]
             block = torch.cat([run[:, cut:].reshape(-1) for run in runs])
             raw = torch.stack([run[:, :cut] for run in runs])

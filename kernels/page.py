@@ -6,8 +6,8 @@ A *page* is the unit of quantization: the tokens of one key group (32, or 64) of
     K scale          [K group][D]                         a group: `group_size` tokens of a channel
     K zero           [K group][D]
     V codes   uint8  [tile][plane][32 tokens][D/4 bytes]
-    V scale          [tile][V group][32 tokens]           a group: `group_size` channels of a token, the last one shorter
-    V zero           [tile][V group][32 tokens]           where D is no multiple
+    V scale          [tile][V group][32 tokens]           a group: `group_size` channels of a token, the last one
+    V zero           [tile][V group][32 tokens]           shorter where D is no multiple
 
 with tiles of 32 tokens, and scales and zero points as `scales.py` stores them. Everything is little-endian, nothing is
 padded. A code of 4 or 8 bits is two or four *planes* of 2 bits, low bits first: every plane is laid out as if it were
@@ -134,13 +134,13 @@ class PageFormat:
                 parts.append(x)
                 continue
             tensor = self.spec.key if is_key else self.spec.value
-            tiles = x.codes.unflatten(-2, (self.tiles, PAGE))
+            tiles = torch.unflatten(x.codes, -2, (self.tiles, PAGE))
             planes = torch.stack([(tiles >> (2 * p)) & 3 for p in range(tensor.bits // 2)], dim=-3)
             packed = planar_pack(planes)
             if is_key:
                 parts += [packed.view(torch.int16).transpose(-1, -2), x.scale, x.zero]
             else:
-                meta = [m.unflatten(-2, (self.tiles, PAGE)).transpose(-1, -2) for m in (x.scale, x.zero)]
+                meta = [torch.unflatten(m, -2, (self.tiles, PAGE)).transpose(-1, -2) for m in (x.scale, x.zero)]
                 parts += [packed, *meta]
         lead = (keys if isinstance(keys, Tensor) else keys.codes).shape[:-2]
         return torch.cat([p.contiguous().view(torch.uint8).reshape(*lead, -1) for p in parts], dim=-1)

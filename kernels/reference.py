@@ -81,8 +81,8 @@ def quantize_pages(keys: Tensor, values: Tensor, page: PageFormat, *, sink_token
     """
     if not (keys.isfinite().all() and values.isfinite().all()):
         raise ValueError("K or V is not finite: the block is refused")
-    k = keys.unflatten(-2, (-1, page.tokens))
-    v = values.unflatten(-2, (-1, page.tokens))
+    k = torch.unflatten(keys, -2, (-1, page.tokens))
+    v = torch.unflatten(values, -2, (-1, page.tokens))
     valid = torch.arange(keys.shape[-2], device=keys.device).view(-1, page.tokens) >= sink_tokens  # [page, token]
     key, value = page.spec.key, page.spec.value
     return page.join(
@@ -97,14 +97,14 @@ def _drop_sinks(x: Tensor, valid: Tensor) -> Tensor:
 
 def _quantize_keys(keys: Tensor, valid: Tensor, tensor: TensorSpec) -> Packed:
     """keys fp32 [..., page, token, D], valid [page, token]."""
-    groups = keys.unflatten(-2, (-1, tensor.group_size)).transpose(-1, -2)  # [..., page, group, D, token]
-    codes, scale, zero = fit_groups(groups, valid.unflatten(-1, (-1, 1, tensor.group_size)), tensor)
+    groups = torch.unflatten(keys, -2, (-1, tensor.group_size)).transpose(-1, -2)  # [..., page, group, D, token]
+    codes, scale, zero = fit_groups(groups, torch.unflatten(valid, -1, (-1, 1, tensor.group_size)), tensor)
     return Packed(codes.transpose(-1, -2).flatten(-3, -2), scale, zero)
 
 
 def _quantize_values(values: Tensor, valid: Tensor, tensor: TensorSpec) -> Packed:
     """values fp32 [..., page, token, D], valid [page, token]. The last group of a token may be shorter."""
-    groups = values.split(tensor.group_size, dim=-1)
+    groups = torch.split(values, tensor.group_size, dim=-1)
     parts = [fit_groups(group, valid.unsqueeze(-1), tensor) for group in groups]
     codes = torch.cat([part.codes for part in parts], dim=-1)
     return Packed(codes, *(torch.stack([part[i] for part in parts], dim=-1) for i in (1, 2)))

@@ -34,12 +34,12 @@ MAX_BYTE_SCALE = 57344.0
 
 def unit_offset(bits: int) -> int:
     """F: what u is for the code 0."""
-    return (2**bits - 1) // 3
+    return ((1 << bits) - 1) // 3
 
 
 def zero_step(bits: int) -> float:
     """Step of an 8-bit zero point, over S."""
-    return float(2**bits / 128)
+    return (1 << bits) / 128
 
 
 def round_scale(scale: Tensor, zero: Tensor, bits: int, encoding: str) -> Tensor:

@@ -38,7 +38,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """Keys are grouped per channel along tokens, values per token along channels (KIVI, arXiv 2402.02750, section 3)."""
+    """K is grouped per channel along tokens, V per token along channels (KIVI, arXiv 2402.02750, section 3)."""
 
     key: TensorSpec = TensorSpec()
     value: TensorSpec = TensorSpec()
