@@ -16,7 +16,7 @@ from kvferry.kernels.page import Packed, PageFormat
 from kvferry.kernels.scales import FOLD, MIN_FOLDED_SCALE, round_scale, round_zero, unfold, widen
 from kvferry.kernels.spec import TensorSpec
 
-FIT_SHRINK = {2: 0.8, 4: 1.0, 8: 1.0}
+FIT_SHRINK = {2: 0.8, 4: 1.0, 6: 1.0, 8: 1.0}
 """First guess of the scale, as a share of (max - min) / (2^bits - 1). At 2 bits, shrinking first and then fitting twice
 leaves 0.0933 of a unit normal's variance at 32 values a group; min/max alone leaves 0.154, the converged fit 0.0915."""
 FIT_STEPS = 2
@@ -24,17 +24,25 @@ LIMIT = 16384.0
 """K and V are clamped to this magnitude before the fit, so that S and Z cannot overflow fp16."""
 
 
-def fit_groups(x: Tensor, valid: Tensor, tensor: TensorSpec) -> Packed:
+class Groups(NamedTuple):
+    """Codes uint8 [..., n], and scale and zero point [...] as stored."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def fit_groups(x: Tensor, valid: Tensor, bits: int, scales: str) -> Groups:
     """Codes, scale and zero point of groups of values, as stored.
 
     x: fp32 [..., n], one group a row; valid: bool, broadcastable to x: values that count.
-    Returns codes uint8 [..., n] (0 where not valid), scale and zero [...]; all 0 for a group with no valid value.
+    Codes are 0 where not valid; all is 0 for a group with no valid value.
 
     Least squares in the style of Lloyd's iteration: given the codes, the best (scale, zero point) is a linear
     regression of x on the codes; given those, the best codes are the nearest ones. Sums run over a group in order and
     nothing is fused, so that another implementation can have the same bits.
     """
-    top = 2**tensor.bits - 1
+    top = (1 << bits) - 1
     valid = valid.expand_as(x)
     weight = valid.float()
     x = x.clamp(-LIMIT, LIMIT)
@@ -42,7 +50,7 @@ def fit_groups(x: Tensor, valid: Tensor, tensor: TensorSpec) -> Packed:
     empty = ~valid.any(-1)
     lo = x.masked_fill(~valid, torch.inf).amin(-1).masked_fill(empty, 0.0)
     hi = x.masked_fill(~valid, -torch.inf).amax(-1).masked_fill(empty, 0.0)
-    scale = (hi - lo) * torch.tensor(FIT_SHRINK[tensor.bits] / top, dtype=torch.float32)
+    scale = (hi - lo) * torch.tensor(FIT_SHRINK[bits] / top, dtype=torch.float32)
     zero = (lo + hi) * 0.5 - (top / 2) * scale
     mean_x = _ordered_sum(x * weight) / count
     deviation = x - mean_x.unsqueeze(-1)
@@ -54,11 +62,11 @@ def fit_groups(x: Tensor, valid: Tensor, tensor: TensorSpec) -> Packed:
         covariance = _ordered_sum(codes * deviation) - mean_c * _ordered_sum(deviation * weight)
         scale = torch.where(spread > 0, covariance * count / spread, scale)
         zero = mean_x - scale * mean_c
-    stored_scale = round_scale(scale, zero, tensor.bits, tensor.scales)
+    stored_scale = round_scale(scale, zero, bits, scales)
     scale = widen(stored_scale) / FOLD
-    stored_zero = round_zero(mean_x - scale * mean_c, stored_scale, tensor.bits)
-    codes = _nearest_codes(x, *unfold(stored_scale, stored_zero, tensor.bits), top) * weight
-    return Packed(codes.to(torch.uint8), stored_scale.masked_fill(empty, 0), stored_zero.masked_fill(empty, 0))
+    stored_zero = round_zero(mean_x - scale * mean_c, stored_scale, bits)
+    codes = _nearest_codes(x, *unfold(stored_scale, stored_zero, bits), top) * weight
+    return Groups(codes.to(torch.uint8), stored_scale.masked_fill(empty, 0), stored_zero.masked_fill(empty, 0))
 
 
 def _ordered_sum(x: Tensor) -> Tensor:
@@ -86,7 +94,7 @@ def quantize_pages(keys: Tensor, values: Tensor, page: PageFormat, *, sink_token
     valid = torch.arange(keys.shape[-2], device=keys.device).view(-1, page.tokens) >= sink_tokens  # [page, token]
     key, value = page.spec.key, page.spec.value
     return page.join(
-        _drop_sinks(k, valid) if key.bits == 16 else _quantize_keys(k.float(), valid, key),
+        _drop_sinks(k, valid) if key.bits == 16 else _quantize_keys(k.float(), valid, page),
         _drop_sinks(v, valid) if value.bits == 16 else _quantize_values(v.float(), valid, value),
     )
 
@@ -95,19 +103,42 @@ def _drop_sinks(x: Tensor, valid: Tensor) -> Tensor:
     return x.half().masked_fill(~valid.unsqueeze(-1), 0.0)
 
 
-def _quantize_keys(keys: Tensor, valid: Tensor, tensor: TensorSpec) -> Packed:
+def _quantize_keys(keys: Tensor, valid: Tensor, page: PageFormat) -> Packed:
     """keys fp32 [..., page, token, D], valid [page, token]."""
+    tensor = page.spec.key
     groups = torch.unflatten(keys, -2, (-1, tensor.group_size)).transpose(-1, -2)  # [..., page, group, D, token]
-    codes, scale, zero = fit_groups(groups, torch.unflatten(valid, -1, (-1, 1, tensor.group_size)), tensor)
-    return Packed(codes.transpose(-1, -2).flatten(-3, -2), scale, zero)
+    used = torch.unflatten(valid, -1, (-1, 1, tensor.group_size))
+    codes, scale, zero = fit_groups(groups, used, tensor.bits, tensor.scales)
+    channels = None
+    if page.boosted:
+        channels = widest_channels(keys, valid, page.boosted)
+        boosted = torch.zeros(*channels.shape[:-1], 1, page.head_dim, dtype=torch.bool)
+        boosted.scatter_(-1, channels.long().unsqueeze(-2), True)
+        wider = fit_groups(groups, used, tensor.bits + 2, tensor.scales)
+        codes = torch.where(boosted.unsqueeze(-1), wider.codes, codes)
+        scale, zero = torch.where(boosted, wider.scale, scale), torch.where(boosted, wider.zero, zero)
+    return Packed(codes.transpose(-1, -2).flatten(-3, -2), scale, zero, channels)
+
+
+def widest_channels(keys: Tensor, valid: Tensor, count: int) -> Tensor:
+    """The `count` channels of the widest range in each page, ascending; of equal ones the first. uint8 [..., count].
+
+    keys fp32 [..., page, token, D], clamped as in the fit; valid [page, token]. No token may be valid: any will do.
+    """
+    x = keys.clamp(-LIMIT, LIMIT)
+    unused = ~valid.unsqueeze(-1)
+    spread = x.masked_fill(unused, -torch.inf).amax(-2) - x.masked_fill(unused, torch.inf).amin(-2)
+    order = spread.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values.to(torch.uint8)
 
 
 def _quantize_values(values: Tensor, valid: Tensor, tensor: TensorSpec) -> Packed:
     """values fp32 [..., page, token, D], valid [page, token]. The last group of a token may be shorter."""
     groups = torch.split(values, tensor.group_size, dim=-1)
-    parts = [fit_groups(group, valid.unsqueeze(-1), tensor) for group in groups]
+    parts = [fit_groups(group, valid.unsqueeze(-1), tensor.bits, tensor.scales) for group in groups]
     codes = torch.cat([part.codes for part in parts], dim=-1)
-    return Packed(codes, *(torch.stack([part[i] for part in parts], dim=-1) for i in (1, 2)))
+    scale, zero = (torch.stack([part[i] for part in parts], dim=-1) for i in (1, 2))
+    return Packed(codes, scale, zero)
 
 
 def dequantize_pages(pages: Tensor, page: PageFormat) -> tuple[Tensor, Tensor]:
@@ -115,7 +146,7 @@ def dequantize_pages(pages: Tensor, page: PageFormat) -> tuple[Tensor, Tensor]:
     key, value = page.spec.key, page.spec.value
     keys, values = page.split(pages)
     if not isinstance(keys, Tensor):
-        scale, zero = unfold(keys.scale, keys.zero, key.bits)
+        scale, zero = _unfold_keys(keys, key)
         scale, zero = (x.repeat_interleave(key.group_size, dim=-2) for x in (scale, zero))
         keys = keys.codes.float() * scale + zero
     if not isinstance(values, Tensor):
@@ -123,6 +154,16 @@ def dequantize_pages(pages: Tensor, page: PageFormat) -> tuple[Tensor, Tensor]:
         scale, zero = (x.repeat_interleave(value.group_size, dim=-1)[..., : page.head_dim] for x in (scale, zero))
         values = values.codes.float() * scale + zero
     return keys.float().flatten(-3, -2), values.float().flatten(-3, -2)
+
+
+def _unfold_keys(keys: Packed, tensor: TensorSpec) -> tuple[Tensor, Tensor]:
+    """fp32 scale and zero point [..., K group, D]."""
+    scale, zero = unfold(keys.scale, keys.zero, tensor.bits)
+    if keys.channels is None:
+        return scale, zero
+    index = keys.channels.long().unsqueeze(-2).expand(*keys.scale.shape[:-1], -1)
+    wider = unfold(keys.scale.gather(-1, index), keys.zero.gather(-1, index), tensor.bits + 2)
+    return scale.scatter(-1, index, wider[0]), zero.scatter(-1, index, wider[1])
 
 
 class ScoreRule(NamedTuple):
