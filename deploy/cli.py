@@ -33,6 +33,9 @@ app.add_typer(bench, name="bench")
 STATIC_TARGETS = ("sm_80", "sm_90")
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML or TOML file; see docs/configuration.md.")]
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", help="How K and V are quantized: kv2, kv3, kv4, kv16 or a .json file.")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help='Hugging Face folder, .gguf file, hub id, or "demo".')]
 
 
@@ -46,6 +49,8 @@ def serve(
     store_memory: Annotated[str | None, typer.Option(help="Memory of the KV store node, e.g. 4GiB.")] = None,
     redis: Annotated[str | None, typer.Option(help="Keep blocks in this Redis: redis://host:port/db.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
+    preset: PresetOption = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="Threads of each CPU worker; 0: one a core.")] = None,
 ) -> None:
     """Start store, prefill worker, decode worker and gateway on this machine; Ctrl-C stops them."""
     from kvferry.deploy.app import Deployment
@@ -54,6 +59,8 @@ def serve(
         config,
         model=model,
         max_model_len=max_model_len,
+        preset=preset,
+        threads=threads,
         gateway={"host": host, "port": port},
         decode={"kv_memory": kv_memory},
         store={"memory": store_memory, "redis": redis},
@@ -253,12 +260,12 @@ def main() -> None:
     app()
 
 
-def _settings(
-    path: Path | None, *, model: str | None = None, max_model_len: int | None = None, **sections: dict[str, object]
-) -> Settings:
-    given: dict[str, object] = {"model": model, "max_model_len": max_model_len}
-    for section, values in sections.items():
-        given[section] = {key: value for key, value in values.items() if value is not None} or None
+def _settings(path: Path | None, **options: object) -> Settings:
+    """The settings of a file, the environment and the command line; None, also inside a section: not given."""
+    given = {
+        key: {inner: x for inner, x in value.items() if x is not None} or None if isinstance(value, dict) else value
+        for key, value in options.items()
+    }
     try:
         return Settings.load(path, **given)
     except ValidationError as error:

@@ -67,8 +67,8 @@ def prefill_logits(runtime: ModelRuntime, kernels: PackedKernels, token_ids: lis
         begin = index * runtime.layout.block_size
         end = min(begin + runtime.layout.block_size, len(token_ids))
         step: AttentionStep = ChunkStep(blocks, index, end - begin, kernels)
-        hidden = runtime.loaded.model.hidden(torch.tensor(token_ids[begin:end]), torch.arange(begin, end), step)
-        rows.append(runtime.loaded.model.logits(hidden))
+        hidden = runtime.model.hidden(torch.tensor(token_ids[begin:end]), torch.arange(begin, end), step)
+        rows.append(runtime.model.logits(hidden))
     return torch.cat(rows)
 
 
