@@ -5,7 +5,7 @@ It is fed token by token, as its `generate` would, because what it has quantized
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 
 import torch
 from torch import Tensor
@@ -20,7 +20,11 @@ RESIDUAL = 128
 
 
 def is_installed() -> bool:
-    return importlib.util.find_spec("optimum") is not None and importlib.util.find_spec("optimum.quanto") is not None
+    try:
+        importlib.metadata.version("optimum-quanto")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 class QuantizedCacheContender:
