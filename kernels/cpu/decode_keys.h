@@ -43,24 +43,24 @@ INLINE void fold_queries(const int D, const int GB, const int TERMS, const struc
     }
 }
 
-/* Scores of 16 tokens for GB heads, which are PAGE apart. `codes`: these tokens in the lowest plane; each further plane counts four times the
- * one before. */
-INLINE void score_codes(const int D, const int GB, const int TERMS, const uint8_t *codes, int planes,
-                        const struct folded_queries *q, float *scores) {
+/* Adds the products of one plane, or of a pair, at 16 tokens to the heads' totals, times 4^plane. */
+INLINE void add_products(const int D, const int GB, const int TERMS, const int PAIR, const uint8_t *codes, int plane,
+                         const struct folded_queries *q, __m256i total[HEADS][2]) {
     const int words = D / 8;
-    /* Fields before a 16-bit sum must be widened: fields * words * 2 * 128 * 3 < 2^15. */
-    const int fields = 4 * words <= 42 ? 4 : 2 * words <= 42 ? 2 : 1;
-    const __m256i mask = _mm256_set1_epi8(3);
-    __m256i total[HEADS][2];
-    UNROLL for (int g = 0; g < GB; g++) total[g][0] = total[g][1] = _mm256_setzero_si256();
-    for (int plane = 0; plane < planes; plane++, codes += PLANE_BYTES(D)) {
-        UNROLL for (int field = 0; field < 4; field += fields) {
+    /* Products before a 16-bit sum must be widened: each is up to 2 * 128 * TOP. */
+    const int most = 32767 / (2 * 128 * TOP(PAIR));
+    const int fields = 4 * words <= most ? 4 : 2 * words <= most ? 2 : 1;
+    const int runs = (words + most - 1) / most, run = (words + runs - 1) / runs;
+    UNROLL for (int field = 0; field < 4; field += fields)
+        for (int begin = 0; begin < words; begin += run) {
             __m256i acc[HEADS][2];
             UNROLL for (int g = 0; g < GB; g++) acc[g][0] = acc[g][1] = _mm256_setzero_si256();
-            for (int j = 0; j < words; j++) {
-                const __m256i w = _mm256_loadu_si256((const __m256i *)(codes + 2 * PAGE * j));
+            for (int j = begin; j < begin + run && j < words; j++) {
+                const uint8_t *row = codes + 2 * PAGE * j;
+                const __m256i low = _mm256_loadu_si256((const __m256i *)row);
+                const __m256i high = PAIR ? _mm256_loadu_si256((const __m256i *)(row + PLANE_BYTES(D))) : low;
                 UNROLL for (int i = field; i < field + fields; i++) {
-                    const __m256i c = _mm256_and_si256(i ? _mm256_srli_epi16(w, 2 * i) : w, mask);
+                    const __m256i c = field_codes(PAIR, low, high, i);
                     UNROLL for (int g = 0; g < GB; g++)
                         UNROLL for (int r = 0; r < TERMS; r++)
                             accumulate(&acc[g][r],
@@ -74,7 +74,17 @@ INLINE void score_codes(const int D, const int GB, const int TERMS, const uint8_
                     total[g][k] = _mm256_add_epi32(total[g][k], _mm256_slli_epi32(sums[k], 2 * plane));
             }
         }
-    }
+}
+
+/* Scores of 16 tokens for GB heads, which are PAGE apart. `codes`: these tokens in the lowest plane. */
+INLINE void score_codes(const int D, const int GB, const int TERMS, const uint8_t *codes, int planes,
+                        const struct folded_queries *q, float *scores) {
+    __m256i total[HEADS][2];
+    UNROLL for (int g = 0; g < GB; g++) total[g][0] = total[g][1] = _mm256_setzero_si256();
+    int plane = 0;
+    for (; plane + 2 <= planes; plane += 2)
+        add_products(D, GB, TERMS, 1, codes + plane * PLANE_BYTES(D), plane, q, total);
+    for (; plane < planes; plane++) add_products(D, GB, TERMS, 0, codes + plane * PLANE_BYTES(D), plane, q, total);
     UNROLL for (int g = 0; g < GB; g++) {
         const __m256 factor = _mm256_set1_ps(q->factor[g]), bias = _mm256_set1_ps(q->bias[g]);
         __m256i low = _mm256_permute2x128_si256(total[g][0], total[g][1], 0x20);

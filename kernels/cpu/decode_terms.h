@@ -54,3 +54,15 @@ INLINE void join_terms(const int TERMS, const __m256i acc[2], __m256i out[2]) {
     out[0] = _mm256_madd_epi16(_mm256_unpacklo_epi16(acc[0], low), weights);
     out[1] = _mm256_madd_epi16(_mm256_unpackhi_epi16(acc[0], low), weights);
 }
+
+/* Planes of codes go through the products one by one or in pairs, as one code of four bits: half the products, but
+ * 16-bit sums must be widened more often. */
+#define TOP(PAIR) ((PAIR) ? 15 : 3)
+
+/* 2-bit field i of the bytes of `low`, with that of `high` above it in a pair. */
+INLINE __m256i field_codes(const int PAIR, __m256i low, __m256i high, const int i) {
+    const __m256i c = _mm256_and_si256(i ? _mm256_srli_epi16(low, 2 * i) : low, _mm256_set1_epi8(3));
+    if (!PAIR) return c;
+    const __m256i h = i == 0 ? _mm256_slli_epi16(high, 2) : i == 1 ? high : _mm256_srli_epi16(high, 2 * i - 2);
+    return _mm256_or_si256(c, _mm256_and_si256(h, _mm256_set1_epi8(12)));
+}

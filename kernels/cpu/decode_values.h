@@ -33,17 +33,18 @@ INLINE void interleave_values(const int D, const uint8_t *codes, uint8_t *rows) 
     }
 }
 
-/* Codes of channels 16 j .. 16 j + 15 at a pair of tokens. Its four quads lie in one field unless D / 16 is no multiple
- * of four. */
-INLINE __m256i channel_codes(const int D, const uint8_t *row, const int j) {
-    const int quads = D / 16, first = 4 * j;
-    const __m256i v = _mm256_loadu_si256((const __m256i *)(row + first % quads * 8));
-    const int f0 = 2 * (first / quads), f1 = 2 * ((first + 1) / quads), f2 = 2 * ((first + 2) / quads),
-              f3 = 2 * ((first + 3) / quads);
-    const __m256i shifted = f0 != f3 ? _mm256_srlv_epi64(v, _mm256_setr_epi64x(f0, f1, f2, f3))
-                            : f0     ? _mm256_srli_epi16(v, f0)
-                                     : v;
-    return _mm256_and_si256(shifted, _mm256_set1_epi8(3));
+/* Codes of channels 16 j .. 16 j + 15 at a pair of tokens, of one plane's row or of a pair's. Its four quads lie in one
+ * field unless D / 16 is no multiple of four. */
+INLINE __m256i channel_codes(const int D, const int PAIR, const uint8_t *low_row, const uint8_t *high_row, const int j) {
+    const int quads = D / 16, first = 4 * j, at = first % quads * 8;
+    __m256i low = _mm256_loadu_si256((const __m256i *)(low_row + at));
+    __m256i high = PAIR ? _mm256_loadu_si256((const __m256i *)(high_row + at)) : low;
+    const int f0 = first / quads, f1 = (first + 1) / quads, f2 = (first + 2) / quads, f3 = (first + 3) / quads;
+    if (f0 == f3) return field_codes(PAIR, low, high, f0);
+    const __m256i shifts = _mm256_setr_epi64x(2 * f0, 2 * f1, 2 * f2, 2 * f3);
+    low = _mm256_srlv_epi64(low, shifts);
+    if (PAIR) high = _mm256_srlv_epi64(high, shifts);
+    return field_codes(PAIR, low, high, 0);
 }
 
 /* Probabilities times V scale as byte terms, and what one step of them is worth. */
@@ -86,29 +87,41 @@ INLINE void fold_probabilities(const int GB, const int TERMS, const struct tenso
                         weights->terms[n][1][g]);
 }
 
-/* Adds one plane of a tile's V, weighted, to the heads' outputs. `shift`: log2 of the 16-channel columns of a group. */
-INLINE void add_codes(const int D, const int GB, const int TERMS, const uint8_t *codes, int plane, int shift,
-                      const struct weights *weights, struct state *s) {
-    ALIGNED uint8_t rows[PAGE / 2 * ROW_BYTES(D)];
-    interleave_values(D, codes, rows);
+/* Adds one plane of a tile's V, or a pair, weighted, to the heads' outputs. `shift`: log2 of the 16-channel columns of a
+ * group. */
+INLINE void add_codes(const int D, const int GB, const int TERMS, const int PAIR, const uint8_t *codes, int plane,
+                      int shift, const struct weights *weights, struct state *s) {
+    ALIGNED uint8_t rows[1 + PAIR][PAGE / 2 * ROW_BYTES(D)];
+    interleave_values(D, codes, rows[0]);
+    if (PAIR) interleave_values(D, codes + PLANE_BYTES(D), rows[PAIR]);
+    /* Pairs of tokens before a 16-bit sum must be widened: each is up to 2 * 255 * TOP. */
+    const int run = PAIR ? 4 : PAGE / 2;
     UNROLL for (int j = 0; j < D / 16; j++) {
         const uint32_t(*terms)[HEADS][PAGE / 2] = weights->terms[j >> shift];
-        __m256i acc[HEADS][2];
-        UNROLL for (int g = 0; g < GB; g++) acc[g][0] = acc[g][1] = _mm256_setzero_si256();
-        for (int t = 0; t < PAGE / 2; t++) { /* 16 * 2 * 255 * 3 < 2^15 */
-            const __m256i c = channel_codes(D, rows + t * ROW_BYTES(D), j);
-            UNROLL for (int g = 0; g < GB; g++)
-                UNROLL for (int r = 0; r < TERMS; r++)
-                    accumulate(&acc[g][r], _mm256_maddubs_epi16(broadcast_pair(&terms[r][g][t]), c));
+        __m256i total[HEADS][2];
+        for (int begin = 0; begin < PAGE / 2; begin += run) {
+            __m256i acc[HEADS][2];
+            UNROLL for (int g = 0; g < GB; g++) acc[g][0] = acc[g][1] = _mm256_setzero_si256();
+            for (int t = begin; t < begin + run; t++) {
+                const uint8_t *row = rows[0] + t * ROW_BYTES(D);
+                const __m256i c = channel_codes(D, PAIR, row, rows[PAIR] + t * ROW_BYTES(D), j);
+                UNROLL for (int g = 0; g < GB; g++)
+                    UNROLL for (int r = 0; r < TERMS; r++)
+                        accumulate(&acc[g][r], _mm256_maddubs_epi16(broadcast_pair(&terms[r][g][t]), c));
+            }
+            UNROLL for (int g = 0; g < GB; g++) {
+                __m256i sums[2];
+                join_terms(TERMS, acc[g], sums);
+                UNROLL for (int k = 0; k < 2; k++)
+                    total[g][k] = begin ? _mm256_add_epi32(total[g][k], sums[k]) : sums[k];
+            }
         }
         UNROLL for (int g = 0; g < GB; g++) {
             const __m256 factor = _mm256_set1_ps(weights->factor[g] * (float)(1 << 2 * plane));
             float *o = s->out[g] + 16 * j;
-            __m256i sums[2];
-            join_terms(TERMS, acc[g], sums);
             UNROLL for (int k = 0; k < 2; k++)
                 _mm256_store_ps(o + 8 * k,
-                                _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[k]), factor, _mm256_load_ps(o + 8 * k)));
+                                _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[g][k]), factor, _mm256_load_ps(o + 8 * k)));
         }
     }
 }
@@ -151,7 +164,10 @@ INLINE void add_tile(const int D, const int GB, const int TERMS, const struct pa
     }
     const int planes = planes_of(&f->value);
     fold_probabilities(GB, TERMS, &f->value, page, tile, scores, s, weights);
-    for (int plane = 0; plane < planes; plane++)
-        add_codes(D, GB, TERMS, page + f->value.codes + (tile * planes + plane) * PLANE_BYTES(D), plane, shift, weights,
-                  s);
+    const uint8_t *codes = page + f->value.codes + tile * planes * PLANE_BYTES(D);
+    int plane = 0;
+    for (; plane + 2 <= planes; plane += 2)
+        add_codes(D, GB, TERMS, 1, codes + plane * PLANE_BYTES(D), plane, shift, weights, s);
+    for (; plane < planes; plane++)
+        add_codes(D, GB, TERMS, 0, codes + plane * PLANE_BYTES(D), plane, shift, weights, s);
 }
