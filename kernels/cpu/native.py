@@ -14,11 +14,12 @@ from torch import Tensor
 from kvferry.kernels.layout import BlockLayout, LayerLayout
 from kvferry.kernels.packed import DecodeBatch, PackedPrefix
 from kvferry.kernels.page import PageFormat
-from kvferry.kernels.spec import PAGE, LayerSpec
+from kvferry.kernels.scales import unit_offset, zero_step
+from kvferry.kernels.spec import TensorSpec
 
 LIBRARY = Path(__file__).with_name("_native.so")
-HEAD_DIMS = (32, 64, 96, 128)
-NAMES = {1: "cpu-avx2-int8/1", 2: "cpu-avx2-int8x2/1"}
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+NAMES = {1: "cpu-avx2-int8/2", 2: "cpu-avx2-int8x2/2"}
 """By the terms of decode attention."""
 
 _NOT_FINITE = 1
@@ -30,10 +31,39 @@ _MESSAGES = {
     7: "terms must be 1 or 2",
 }
 _OUT_OF_MEMORY = 6
+_NO_WINDOW = 2**62
+_MAX_SINKS = 16
+"""A smallest key group: sinks of a page lie in its first one."""
 
 
 class NativeUnavailable(RuntimeError):
     """Why the native kernels do not run here: not built, not this CPU, not this model."""
+
+
+class _TensorFormat(ctypes.Structure):
+    """struct tensor_format of page.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("codes", "scale", "zero", "bits", "group", "byte_scales")),
+        *((name, ctypes.c_float) for name in ("unit_offset", "zero_step")),
+    )
+
+
+class _PageFormat(ctypes.Structure):
+    """struct page_format of page.h."""
+
+    _fields_ = (
+        ("key", _TensorFormat),
+        ("value", _TensorFormat),
+        ("tokens", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
+    )
+
+
+class _ScoreRule(ctypes.Structure):
+    """struct score_rule of rule.h."""
+
+    _fields_ = (("window", ctypes.c_int64), ("scale", ctypes.c_float), ("softcap", ctypes.c_float))
 
 
 class _QuantizeArgs(ctypes.Structure):
@@ -55,6 +85,7 @@ class _QuantizeArgs(ctypes.Structure):
                 "threads",
             )
         ),
+        ("page", _PageFormat),
     )
 
 
@@ -99,7 +130,8 @@ class _DecodeArgs(ctypes.Structure):
                 "terms",
             )
         ),
-        ("scale", ctypes.c_float),
+        ("page", _PageFormat),
+        ("rule", _ScoreRule),
     )
 
 
@@ -130,7 +162,8 @@ class _ChunkArgs(ctypes.Structure):
                 "threads",
             )
         ),
-        ("scale", ctypes.c_float),
+        ("page", _PageFormat),
+        ("rule", _ScoreRule),
     )
 
 
@@ -158,12 +191,13 @@ class NativeKernels:
     def quantize_block(self, keys: Tensor, values: Tensor, page: PageFormat, *, sink_tokens: int, out: Tensor) -> None:
         """See `PackedKernels`. Any strides over heads and tokens; after a ValueError `out` holds garbage."""
         kv_heads, tokens, head_dim = keys.shape
-        pages = tokens // PAGE
+        pages = tokens // page.tokens
         _expect("keys", keys, torch.float16, (kv_heads, tokens, head_dim), inner=1)
         _expect("values", values, torch.float16, (kv_heads, tokens, head_dim), inner=1)
-        if tokens % PAGE or not 0 <= sink_tokens < PAGE:
-            raise ValueError(f"cannot pack {tokens} tokens with {sink_tokens} sinks in pages of {PAGE}")
-        _check_plain(page)
+        if tokens % page.tokens or not 0 <= sink_tokens <= _MAX_SINKS:
+            raise ValueError(f"cannot pack {tokens} tokens with {sink_tokens} sinks in pages of {page.tokens}")
+        if head_dim != page.head_dim:
+            raise ValueError(f"keys of head_dim {head_dim} do not fit pages of {page.head_dim}")
         _expect("out", out, torch.uint8, (kv_heads, pages, page.num_bytes), inner=3)
         args = _QuantizeArgs(
             keys=keys.data_ptr(),
@@ -178,6 +212,7 @@ class NativeKernels:
             head_dim=head_dim,
             sink_tokens=sink_tokens,
             threads=torch.get_num_threads(),
+            page=_page_format(page),
         )
         _raise_for(self._quantize(ctypes.byref(args)))
 
@@ -195,8 +230,9 @@ class NativeKernels:
         rows = _rows(query)
         out = torch.empty_like(rows)
         args = self._decode_args(query, batch)
-        _check_rule(window, softcap)
         share = _share(batch.layout, layer)
+        args.page = _page_format(share.page)
+        args.rule = _rule(scale, window, softcap)
         args.query = rows.data_ptr()
         args.out = out.data_ptr()
         args.pool = batch.pool.data_ptr() + share.offset
@@ -204,7 +240,6 @@ class NativeKernels:
         args.sinks = batch.sinks.data_ptr() + 2 * layer * batch.sinks.stride(1)
         args.tails = batch.tails.data_ptr() + 2 * layer * batch.tails.stride(1)
         args.threads = torch.get_num_threads()
-        args.scale = scale
         _raise_for(self._decode(ctypes.byref(args)))
         return out if query.dtype == torch.float32 else out.to(query.dtype)
 
@@ -268,7 +303,6 @@ class NativeKernels:
         softcap: float | None = None,
     ) -> Tensor:
         """See `PackedKernels`. Any strides over heads and tokens."""
-        _check_rule(window, softcap)
         layout = prefix.layout
         share = _share(layout, layer)
         query_heads, tokens, head_dim = query.shape
@@ -280,8 +314,8 @@ class NativeKernels:
         _expect("pool", pool, torch.uint8, (blocks, layout.block_bytes), 1)
         _expect("sinks", sinks, torch.float16, (layers, kv_heads, 2, sink_tokens, head_dim), 4)
         _expect("table", table, torch.int32, (table.shape[0],), 1)
-        if sink_tokens >= PAGE:
-            raise ValueError(f"{sink_tokens} sinks do not fit the first page")
+        if sink_tokens > _MAX_SINKS:
+            raise ValueError(f"{sink_tokens} sinks are more than {_MAX_SINKS}")
         rows = _rows(query)
         out = torch.empty(query.shape, dtype=torch.float32)
         args = _ChunkArgs(
@@ -309,7 +343,8 @@ class NativeKernels:
             sink_tokens=sink_tokens,
             block_size=layout.block_size,
             threads=torch.get_num_threads(),
-            scale=scale,
+            page=_page_format(share.page),
+            rule=_rule(scale, window, softcap),
         )
         _raise_for(self._chunk(ctypes.byref(args)))
         return out if query.dtype == torch.float32 else out.to(query.dtype)
@@ -364,19 +399,39 @@ def _openmp_entry() -> int | None:
 def _share(layout: BlockLayout, layer: int) -> LayerLayout:
     if not 0 <= layer < layout.num_layers:
         raise ValueError(f"layer {layer} is not one of {layout.num_layers}")
-    share = layout.layers[layer]
-    _check_plain(share.page)
-    return share
+    return layout.layers[layer]
 
 
-def _check_plain(page: PageFormat) -> None:
-    if page.spec != LayerSpec():
-        raise ValueError(f"the CPU kernels do not take {page.spec} yet")
+@functools.lru_cache(maxsize=256)
+def _page_format(page: PageFormat) -> _PageFormat:
+    o = page.offsets
+
+    def tensor(spec: TensorSpec, codes: int, scale: int, zero: int) -> _TensorFormat:
+        return _TensorFormat(
+            codes=codes,
+            scale=scale,
+            zero=zero,
+            bits=spec.bits,
+            group=spec.group_size,
+            byte_scales=spec.scales == "8bit",
+            unit_offset=unit_offset(spec.bits),
+            zero_step=zero_step(spec.bits),
+        )
+
+    return _PageFormat(
+        key=tensor(page.spec.key, o.k_codes, o.k_scale, o.k_zero),
+        value=tensor(page.spec.value, o.v_codes, o.v_scale, o.v_zero),
+        tokens=page.tokens,
+        bytes=page.num_bytes,
+    )
 
 
-def _check_rule(window: int | None, softcap: float | None) -> None:
-    if window is not None or softcap is not None:
-        raise ValueError("the CPU kernels take no sliding window and no soft cap yet")
+def _rule(scale: float, window: int | None, softcap: float | None) -> _ScoreRule:
+    if window is not None and window < 1:
+        raise ValueError(f"window {window} must be at least 1")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap {softcap} must be above 0")
+    return _ScoreRule(window=window or _NO_WINDOW, scale=scale, softcap=softcap or 0.0)
 
 
 def _rows(query: Tensor) -> Tensor:
