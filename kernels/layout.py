@@ -129,8 +129,8 @@ class BlockLayout:
     def split_payload(self, payload: Tensor, block_index: int) -> tuple[Tensor, Tensor | None]:
         """Inverse of `join_payload`: (block, sinks or None), views or copies of `payload` (uint8).
 
-        Raises ValueError when the size is not `payload_bytes(block_index)`, or when a scale, a zero point or a sink
-        is not finite: such a block is damaged or forged, whatever its checksum says.
+        Raises ValueError when the size is not `payload_bytes(block_index)`, when a scale, a zero point or a sink is not
+        finite, or when a boosted channel does not exist: such a block is damaged or forged, whatever its checksum says.
         """
         if payload.numel() != self.payload_bytes(block_index):
             raise ValueError(
@@ -146,6 +146,8 @@ class BlockLayout:
             sinks = raw.flatten().view(torch.float16).reshape(self.sink_shape)
         if not (self._is_finite(block) and (sinks is None or bool(sinks.isfinite().all()))):
             raise ValueError(f"block {block_index} holds a scale, zero point or sink that is not finite")
+        if not all(layer.page.channels_are_sound(self.layer_pages(block, i)) for i, layer in enumerate(self.layers)):
+            raise ValueError(f"block {block_index} names boosted channels that do not exist or do not ascend")
         return block, sinks
 
     def _is_finite(self, block: Tensor) -> bool:

@@ -135,6 +135,13 @@ class PageFormat:
                 return False
         return True
 
+    def channels_are_sound(self, pages: Tensor) -> bool:
+        """Whether the boosted channels of pages [..., num_bytes] ascend and exist: kernels use them as indices."""
+        channels = pages[..., self.offsets.k_channels : self.offsets.v_codes].int()
+        if not self.boosted:
+            return True
+        return bool((channels[..., -1] < self.head_dim).all() and (channels.diff(dim=-1) > 0).all())
+
     def join(self, keys: Packed | Tensor, values: Packed | Tensor) -> Tensor:
         """Page blobs uint8 [..., num_bytes]; with 16 bits, keys or values are fp16 [..., tokens, D]."""
         parts = [keys] if isinstance(keys, Tensor) else self._key_parts(keys)

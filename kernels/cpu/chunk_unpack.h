@@ -1,6 +1,8 @@
 /* A tile of 32 tokens as fp32: keys [D, 32 tokens], values [32 tokens, D]. */
 #pragma once
 
+#include <stddef.h>
+
 #include "scales.h"
 
 /* What each code of a plane adds in eight groups, as vpermilps wants it: out[i] = group i's four numbers, twice. */
@@ -18,9 +20,10 @@ INLINE void code_tables(__m256 step, __m256 z, __m256 out[8]) {
 }
 
 /* Tables of groups first .. first + 7; the zero point is added with the lowest plane. */
-INLINE void plane_tables(const struct tensor_format *f, const uint8_t *page, int64_t first, int plane, __m256 out[8]) {
+INLINE void plane_tables(const struct tensor_format *f, const uint8_t *page, int64_t first, __m256 zero_factors,
+                         int plane, __m256 out[8]) {
     const __m256 s = load_scales(f, page, first);
-    const __m256 z = plane ? _mm256_setzero_ps() : load_zeros(f, page, first, s);
+    const __m256 z = plane ? _mm256_setzero_ps() : load_zeros(f, page, first, s, zero_factors);
     code_tables(_mm256_mul_ps(s, _mm256_set1_ps((float)(1 << 2 * plane) / FOLD)), z, out);
 }
 
@@ -34,31 +37,42 @@ INLINE void put(float *out, __m256 x, int plane) {
     _mm256_store_ps(out, plane ? _mm256_add_ps(_mm256_load_ps(out), x) : x);
 }
 
+/* One plane of a tile's keys: `words` rows of codes, whose channel i stands for channel channels[i] of the head. */
+INLINE void unpack_key_plane(const int words, const uint8_t *codes, int begin, int end, const uint8_t *channels,
+                             float tables[][8], int plane, float *keys) {
+    for (int word = 0; word < words; word++)
+        for (int t = begin; t < end; t += 8) {
+            const __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(codes + 2 * (PAGE * word + t))));
+            UNROLL for (int byte = 0; byte < 2; byte++)
+                UNROLL for (int i = 0; i < 4; i++) {
+                    const int place = i * 2 * words + 2 * word + byte, channel = channels ? channels[place] : place;
+                    const __m256 table = _mm256_load_ps(tables[channel]);
+                    put(keys + channel * PAGE + t, look_up(table, w, 8 * byte + 2 * i), plane);
+                }
+        }
+}
+
 INLINE void unpack_keys(const int D, const struct page_format *f, const uint8_t *page, int tile, float *keys) {
-    ALIGNED float tables[MAX_HEAD_DIM][8];
-    const int planes = planes_of(&f->key), group = (int)f->key.group, span = group < PAGE ? group : PAGE;
-    for (int plane = 0; plane < planes; plane++) {
-        const uint8_t *codes = page + f->key.codes + (tile * planes + plane) * PLANE_BYTES(D);
+    ALIGNED float tables[MAX_HEAD_DIM][8], zero_factors[MAX_HEAD_DIM];
+    const struct tensor_format *k = &f->key;
+    const int planes = planes_of(k), group = (int)k->group, span = group < PAGE ? group : PAGE;
+    const int boosted = (int)k->boosted;
+    channel_zero_factors(D, k, page, zero_factors);
+    for (int plane = 0; plane < planes + (boosted > 0); plane++)
         for (int begin = 0; begin < PAGE; begin += span) {
             const int64_t first = (int64_t)((tile * PAGE + begin) / group) * D;
             for (int c = 0; c < D; c += 8) {
                 __m256 t[8];
-                plane_tables(&f->key, page, first + c, plane, t);
+                plane_tables(k, page, first + c, _mm256_load_ps(zero_factors + c), plane, t);
                 UNROLL for (int i = 0; i < 8; i++) _mm256_store_ps(tables[c + i], t[i]);
             }
-            for (int word = 0; word < D / 8; word++)
-                for (int t = begin; t < begin + span; t += 8) {
-                    const __m256i w =
-                        _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(codes + 2 * (PAGE * word + t))));
-                    UNROLL for (int byte = 0; byte < 2; byte++)
-                        UNROLL for (int i = 0; i < 4; i++) {
-                            const int channel = i * (D / 4) + 2 * word + byte;
-                            const __m256 table = _mm256_load_ps(tables[channel]);
-                            put(keys + channel * PAGE + t, look_up(table, w, 8 * byte + 2 * i), plane);
-                        }
-                }
+            if (plane < planes)
+                unpack_key_plane(D / 8, page + k->codes + (tile * planes + plane) * PLANE_BYTES(D), begin, begin + span,
+                                 NULL, tables, plane, keys);
+            else
+                unpack_key_plane(boosted / 8, page + k->boost + tile * PLANE_BYTES(boosted), begin, begin + span,
+                                 page + k->channels, tables, plane, keys);
         }
-    }
 }
 
 INLINE void unpack_values(const int D, const struct page_format *f, const uint8_t *page, int tile, float *values) {
@@ -69,7 +83,8 @@ INLINE void unpack_values(const int D, const struct page_format *f, const uint8_
         for (int t = 0; t < PAGE; t += 8) {
             for (int n = 0; n < groups; n++) {
                 __m256 v[8];
-                plane_tables(&f->value, page, (int64_t)(tile * groups + n) * PAGE + t, plane, v);
+                plane_tables(&f->value, page, (int64_t)(tile * groups + n) * PAGE + t,
+                             _mm256_set1_ps(zero_factor(&f->value)), plane, v);
                 UNROLL for (int i = 0; i < 8; i++) _mm256_store_ps(tables[n][i], v[i]);
             }
             for (int k = 0; k < 8; k++) {

@@ -11,6 +11,33 @@
 #define MAX_BYTE_SCALE 57344.0f
 #define LIMIT 16384.0f
 
+/* What the width of codes decides, one group a lane. */
+struct widths {
+    __m256 top, shrink, unit_offset, zero_step, steps_needed;
+};
+
+INLINE struct widths widths_of(int64_t bits, float unit_offset, float zero_step) {
+    const float top = (float)((1 << bits) - 1);
+    return (struct widths){
+        .top = _mm256_set1_ps(top),
+        .shrink = _mm256_set1_ps(bits == 2 ? (float)(0.8 / 3.0) : (float)(1.0 / top)),
+        .unit_offset = _mm256_set1_ps(unit_offset),
+        .zero_step = _mm256_set1_ps(zero_step),
+        .steps_needed = _mm256_set1_ps((float)(1.0 / (127.0 * (double)zero_step))),
+    };
+}
+
+/* `b` in the lanes of `mask`, else `a`. */
+INLINE struct widths blend_widths(struct widths a, struct widths b, __m256 mask) {
+    return (struct widths){
+        .top = _mm256_blendv_ps(a.top, b.top, mask),
+        .shrink = _mm256_blendv_ps(a.shrink, b.shrink, mask),
+        .unit_offset = _mm256_blendv_ps(a.unit_offset, b.unit_offset, mask),
+        .zero_step = _mm256_blendv_ps(a.zero_step, b.zero_step, mask),
+        .steps_needed = _mm256_blendv_ps(a.steps_needed, b.steps_needed, mask),
+    };
+}
+
 /* How eight groups become codes. Byte scales and zero points lie in the low half of each word. */
 struct fit {
     __m128i stored_scale, stored_zero;
@@ -36,13 +63,13 @@ INLINE __m256 nearest_code(__m256 x, __m256 zero, __m256 inverse, __m256 top) {
 }
 
 /* scales.round_scale; returns S as a reader will see it. */
-INLINE __m256 round_scale(const struct tensor_format *f, __m256 scale, __m256 zero, __m128i *stored) {
+INLINE __m256 round_scale(const int byte_scales, const struct widths *w, __m256 scale, __m256 zero, __m128i *stored) {
     const __m256 folded = _mm256_mul_ps(scale, _mm256_set1_ps(FOLD));
-    if (!f->byte_scales) {
+    if (!byte_scales) {
         *stored = _mm256_cvtps_ph(clamp_ps(folded, MIN_FOLDED_SCALE, MAX_FOLDED), _MM_FROUND_TO_NEAREST_INT);
         return _mm256_cvtph_ps(*stored);
     }
-    const __m256 needed = _mm256_mul_ps(abs_ps(zero), _mm256_set1_ps((float)(1.0 / (127.0 * (double)f->zero_step))));
+    const __m256 needed = _mm256_mul_ps(abs_ps(zero), w->steps_needed);
     const __m256 wanted = clamp_ps(_mm256_max_ps(folded, needed), MIN_FOLDED_SCALE, MAX_BYTE_SCALE);
     const __m128i half = _mm256_cvtps_ph(wanted, _MM_FROUND_TO_NEAREST_INT);
     const __m128i odd = _mm_and_si128(_mm_srli_epi16(half, 7), _mm_set1_epi16(1));
@@ -51,14 +78,14 @@ INLINE __m256 round_scale(const struct tensor_format *f, __m256 scale, __m256 ze
 }
 
 /* scales.round_zero; returns the zero point as a reader will see it. */
-INLINE __m256 round_zero(const struct tensor_format *f, __m256 zero, __m256 folded, __m128i *stored) {
-    if (!f->byte_scales) {
-        const __m256 offset = _mm256_mul_ps(_mm256_set1_ps(f->unit_offset), folded);
+INLINE __m256 round_zero(const int byte_scales, const struct widths *w, __m256 zero, __m256 folded, __m128i *stored) {
+    if (!byte_scales) {
+        const __m256 offset = _mm256_mul_ps(w->unit_offset, folded);
         *stored = _mm256_cvtps_ph(clamp_ps(_mm256_sub_ps(zero, offset), -MAX_FOLDED, MAX_FOLDED),
                                   _MM_FROUND_TO_NEAREST_INT);
         return _mm256_add_ps(_mm256_cvtph_ps(*stored), offset);
     }
-    const __m256 step = _mm256_mul_ps(folded, _mm256_set1_ps(f->zero_step));
+    const __m256 step = _mm256_mul_ps(folded, w->zero_step);
     const __m256i i = _mm256_cvtps_epi32(clamp_ps(round_ps(_mm256_div_ps(zero, step)), -128.0f, 127.0f));
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
     *stored = _mm_and_si128(words, _mm_set1_epi16(255));
@@ -66,8 +93,7 @@ INLINE __m256 round_zero(const struct tensor_format *f, __m256 zero, __m256 fold
 }
 
 /* Groups of values x[first] .. x[end - 1]. */
-static struct fit fit_groups(const struct tensor_format *f, float (*x)[8], int first, int end) {
-    const float top = (float)((1 << f->bits) - 1), shrink = f->bits == 2 ? (float)(0.8 / 3.0) : (float)(1.0 / top);
+static struct fit fit_groups(int byte_scales, const struct widths *w, float (*x)[8], int first, int end) {
     __m256 lo = _mm256_load_ps(x[first]), hi = lo, sum = lo;
     for (int t = first + 1; t < end; t++) {
         const __m256 v = _mm256_load_ps(x[t]);
@@ -75,12 +101,12 @@ static struct fit fit_groups(const struct tensor_format *f, float (*x)[8], int f
         hi = _mm256_max_ps(hi, v);
         sum = _mm256_add_ps(sum, v);
     }
-    struct fit fit = {.top = _mm256_set1_ps(top)};
+    struct fit fit = {.top = w->top};
     const __m256 count = _mm256_set1_ps((float)(end - first));
     const __m256 mean_x = _mm256_div_ps(sum, count);
-    __m256 scale = _mm256_mul_ps(_mm256_sub_ps(hi, lo), _mm256_set1_ps(shrink));
+    __m256 scale = _mm256_mul_ps(_mm256_sub_ps(hi, lo), w->shrink);
     __m256 zero = _mm256_sub_ps(_mm256_mul_ps(_mm256_add_ps(lo, hi), _mm256_set1_ps(0.5f)),
-                                _mm256_mul_ps(_mm256_set1_ps(top / 2), scale));
+                                _mm256_mul_ps(_mm256_mul_ps(w->top, _mm256_set1_ps(0.5f)), scale));
     __m256 mean_c = _mm256_setzero_ps();
     for (int step = 0; step < FIT_STEPS; step++) {
         const __m256 inverse = inverse_of(scale);
@@ -101,9 +127,9 @@ static struct fit fit_groups(const struct tensor_format *f, float (*x)[8], int f
         scale = _mm256_blendv_ps(scale, fitted, _mm256_cmp_ps(spread, _mm256_setzero_ps(), _CMP_GT_OQ));
         zero = _mm256_sub_ps(mean_x, _mm256_mul_ps(scale, mean_c));
     }
-    const __m256 folded = round_scale(f, scale, zero, &fit.stored_scale);
+    const __m256 folded = round_scale(byte_scales, w, scale, zero, &fit.stored_scale);
     scale = _mm256_mul_ps(folded, _mm256_set1_ps(1.0f / FOLD));
-    fit.zero = round_zero(f, _mm256_sub_ps(mean_x, _mm256_mul_ps(scale, mean_c)), folded, &fit.stored_zero);
+    fit.zero = round_zero(byte_scales, w, _mm256_sub_ps(mean_x, _mm256_mul_ps(scale, mean_c)), folded, &fit.stored_zero);
     fit.inverse = inverse_of(scale);
     return fit;
 }

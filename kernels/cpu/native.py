@@ -19,7 +19,7 @@ from kvferry.kernels.spec import TensorSpec
 
 LIBRARY = Path(__file__).with_name("_native.so")
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
-NAMES = {1: "cpu-avx2-int8/2", 2: "cpu-avx2-int8x2/2"}
+NAMES = {1: "cpu-avx2-int8/3", 2: "cpu-avx2-int8x2/3"}
 """By the terms of decode attention."""
 
 _NOT_FINITE = 1
@@ -46,6 +46,8 @@ class _TensorFormat(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("codes", "scale", "zero", "bits", "group", "byte_scales")),
         *((name, ctypes.c_float) for name in ("unit_offset", "zero_step")),
+        *((name, ctypes.c_int64) for name in ("boosted", "boost", "channels")),
+        *((name, ctypes.c_float) for name in ("boosted_unit_offset", "boosted_zero_step")),
     )
 
 
@@ -416,6 +418,11 @@ def _page_format(page: PageFormat) -> _PageFormat:
             byte_scales=spec.scales == "8bit",
             unit_offset=unit_offset(spec.bits),
             zero_step=zero_step(spec.bits),
+            boosted=spec.boosted_channels(page.head_dim),
+            boost=o.k_boost,
+            channels=o.k_channels,
+            boosted_unit_offset=unit_offset(spec.bits + 2),
+            boosted_zero_step=zero_step(spec.bits + 2),
         )
 
     return _PageFormat(

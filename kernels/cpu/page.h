@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #define PAGE 32 /* tokens a tile, and a smallest page */
-#define MAX_PAGE_TOKENS 64
+#define MAX_PAGE_TOKENS 128
 #define MIN_GROUP 16
 #define MAX_HEAD_DIM 256
 #define MAX_VALUE_GROUPS (MAX_HEAD_DIM / MIN_GROUP)
@@ -19,6 +19,9 @@ struct tensor_format {
     int64_t group;       /* tokens of a channel (K), channels of a token (V) */
     int64_t byte_scales; /* scales and zero points of one byte, else fp16 */
     float unit_offset, zero_step;
+    int64_t boosted;         /* channels of K with two more bits */
+    int64_t boost, channels; /* where their highest plane lies, and which they are */
+    float boosted_unit_offset, boosted_zero_step;
 };
 
 struct page_format {

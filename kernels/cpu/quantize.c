@@ -1,4 +1,5 @@
 /* Quantize and pack: quantize_pages of the reference with the same bits, eight groups at a time. */
+#include <math.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <string.h>
@@ -81,7 +82,7 @@ INLINE void transpose_words(const uint8_t *in, ptrdiff_t in_stride, __m128i out[
     }
 }
 
-/* One plane of a tile of key codes [32 tokens][channel]. */
+/* One plane of a tile of key codes [32 tokens][channel], for all channels or the boosted ones. */
 static void pack_keys(int head_dim, const uint8_t *codes, int shift, uint8_t *out) {
     ALIGNED uint8_t rows[PAGE][MAX_HEAD_DIM / 4]; /* [token][planar byte] */
     for (int t = 0; t < PAGE; t++)
@@ -96,32 +97,98 @@ static void pack_keys(int head_dim, const uint8_t *codes, int shift, uint8_t *ou
         }
 }
 
+/* A channel and how wide it is: equal ranges are in the order of channels. */
+struct spread {
+    float range;
+    int channel;
+};
+
+/* reference.widest_channels: marks the `count` channels of the widest range, and lists them in ascending order. */
+static void choose_channels(int head_dim, const struct spread *spreads, int count, uint8_t *channels,
+                            uint32_t *boosted) {
+    struct spread best[MAX_HEAD_DIM]; /* the widest so far, widest first */
+    int kept = 0;
+    for (int c = 0; c < head_dim; c++) {
+        int place = kept;
+        while (place > 0 && best[place - 1].range < spreads[c].range) place--;
+        if (place == count) continue;
+        if (kept < count) kept++;
+        memmove(best + place + 1, best + place, sizeof *best * (size_t)(kept - 1 - place));
+        best[place] = spreads[c];
+    }
+    memset(boosted, 0, sizeof *boosted * (size_t)head_dim);
+    for (int i = 0; i < count; i++) boosted[best[i].channel] = UINT32_MAX;
+    for (int c = 0; c < head_dim; c++)
+        if (boosted[c]) *channels++ = (uint8_t)c;
+}
+
+/* Ranges of all channels over tokens first .. tokens - 1; what is not finite is found by the fit. */
+static void key_spreads(int head_dim, const uint16_t *keys, int64_t token_stride, int first, int tokens,
+                        struct spread *out) {
+    for (int c = 0; c < head_dim; c += 8) {
+        __m128i ignored = _mm_setzero_si128();
+        __m256 lo = _mm256_set1_ps(INFINITY), hi = _mm256_set1_ps(-INFINITY);
+        for (int t = first; t < tokens; t++) {
+            const __m256 x = load_clamped(keys + t * token_stride + c, &ignored);
+            lo = _mm256_min_ps(lo, x);
+            hi = _mm256_max_ps(hi, x);
+        }
+        ALIGNED float range[8];
+        _mm256_store_ps(range, _mm256_sub_ps(hi, lo));
+        for (int i = 0; i < 8; i++) out[c + i] = (struct spread){range[i], c + i};
+    }
+}
+
+/* The codes of the boosted channels alone: [token][rank]. */
+static void gather_codes(int head_dim, const uint8_t *codes, const uint8_t *channels, int count, uint8_t *out) {
+    for (int t = 0; t < PAGE; t++)
+        for (int i = 0; i < count; i++) out[t * count + i] = codes[t * head_dim + channels[i]];
+}
+
 /* Keys: a group is tokens of a channel, so lanes are channels. Returns whether all values are finite. */
 static int quantize_keys(const struct page_format *f, int head_dim, const uint16_t *keys, int64_t token_stride,
                          int sinks, uint8_t *page) {
     ALIGNED float x[MAX_PAGE_TOKENS][8];
     ALIGNED uint8_t codes[MAX_PAGE_TOKENS * MAX_HEAD_DIM + 32]; /* [token][channel]; planar() reads 32 bytes on */
-    const int tokens = (int)f->tokens, group = (int)f->key.group, planes = planes_of(&f->key);
+    ALIGNED uint32_t boosted[MAX_HEAD_DIM];                     /* all ones for a boosted channel */
+    const struct tensor_format *k = &f->key;
+    const int tokens = (int)f->tokens, group = (int)k->group, planes = planes_of(k), num_boosted = (int)k->boosted;
+    const struct widths plain = widths_of(k->bits, k->unit_offset, k->zero_step);
+    const struct widths wide = widths_of(k->bits + 2, k->boosted_unit_offset, k->boosted_zero_step);
     __m128i bad = _mm_setzero_si128();
     memset(codes + tokens * head_dim, 0, 32);
+    if (num_boosted) {
+        struct spread spreads[MAX_HEAD_DIM];
+        key_spreads(head_dim, keys, token_stride, sinks, tokens, spreads);
+        choose_channels(head_dim, spreads, num_boosted, page + k->channels, boosted);
+    }
     for (int c = 0; c < head_dim; c += 8) {
+        struct widths widths = plain;
+        if (num_boosted) widths = blend_widths(plain, wide, _mm256_load_ps((const float *)(boosted + c)));
         for (int t = 0; t < tokens; t++) _mm256_store_ps(x[t], load_clamped(keys + t * token_stride + c, &bad));
         for (int begin = 0; begin < tokens; begin += group) {
             const int64_t index = begin / group * head_dim + c;
             struct fit fit = {.stored_scale = _mm_setzero_si128(), .stored_zero = _mm_setzero_si128()};
             if (begin + group > sinks) {
-                fit = fit_groups(&f->key, x, sinks > begin ? sinks : begin, begin + group);
+                fit = fit_groups((int)k->byte_scales, &widths, x, sinks > begin ? sinks : begin, begin + group);
                 for (int t = begin; t < begin + group; t += 4) store_codes(x, t, &fit, codes + t * head_dim + c, head_dim);
             }
-            store_groups(&f->key, page + f->key.scale, index, fit.stored_scale);
-            store_groups(&f->key, page + f->key.zero, index, fit.stored_zero);
+            store_groups(k, page + k->scale, index, fit.stored_scale);
+            store_groups(k, page + k->zero, index, fit.stored_zero);
         }
     }
     memset(codes, 0, (size_t)(sinks * head_dim));
-    for (int tile = 0; tile < tokens / PAGE; tile++)
+    for (int tile = 0; tile < tokens / PAGE; tile++) {
+        const uint8_t *tile_codes = codes + tile * PAGE * head_dim;
         for (int p = 0; p < planes; p++)
-            pack_keys(head_dim, codes + tile * PAGE * head_dim, 2 * p,
-                      page + f->key.codes + (tile * planes + p) * PLANE_BYTES(head_dim));
+            pack_keys(head_dim, tile_codes, 2 * p, page + k->codes + (tile * planes + p) * PLANE_BYTES(head_dim));
+        if (num_boosted) {
+            ALIGNED uint8_t chosen[PAGE * MAX_HEAD_DIM + 32];
+            gather_codes(head_dim, tile_codes, page + k->channels, num_boosted, chosen);
+            memset(chosen + PAGE * num_boosted, 0, 32);
+            pack_keys(num_boosted, chosen, (int)k->bits, page + k->boost + tile * PLANE_BYTES(num_boosted));
+        }
+    }
     return _mm_testz_si128(bad, bad);
 }
 
@@ -166,9 +233,10 @@ static void pack_values(int head_dim, uint8_t (*codes)[PAGE], int shift, uint8_t
 /* Values: a group is channels of a token, so lanes are tokens and x is transposed on the way in. */
 static int quantize_values(const struct page_format *f, int head_dim, const uint16_t *values, int64_t token_stride,
                            int sinks, uint8_t *page) {
-    ALIGNED float x[MAX_PAGE_TOKENS][8];       /* a group's channels: 64 at most, too */
+    ALIGNED float x[MAX_PAGE_TOKENS][8];       /* a group's channels: 128 at most, too */
     ALIGNED uint8_t codes[MAX_HEAD_DIM][PAGE]; /* [channel][token] of a tile */
     const int group = (int)f->value.group, groups = value_groups(f, head_dim), planes = planes_of(&f->value);
+    const struct widths widths = widths_of(f->value.bits, f->value.unit_offset, f->value.zero_step);
     __m128i bad = _mm_setzero_si128();
     for (int tile = 0; tile < f->tokens / PAGE; tile++) {
         const int left_out = tile == 0 ? sinks : 0;
@@ -185,7 +253,7 @@ static int quantize_values(const struct page_format *f, int head_dim, const uint
                     transpose8(r);
                     UNROLL for (int i = 0; i < 8; i++) _mm256_store_ps(x[c + i], r[i]);
                 }
-                const struct fit fit = fit_groups(&f->value, x, 0, count);
+                const struct fit fit = fit_groups((int)f->value.byte_scales, &widths, x, 0, count);
                 const int64_t index = (tile * groups + n) * PAGE + t;
                 store_groups(&f->value, page + f->value.scale, index, _mm_andnot_si128(sink, fit.stored_scale));
                 store_groups(&f->value, page + f->value.zero, index, _mm_andnot_si128(sink, fit.stored_zero));

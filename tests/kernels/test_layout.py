@@ -112,6 +112,22 @@ def test_every_layer_is_looked_at(layer: int) -> None:
         shape.split_payload(payload, 1)
 
 
+@pytest.mark.parametrize("channels", [[64], [3, 3], [5, 4], [0, 255]], ids=str)
+@pytest.mark.parametrize("head", [0, 1])
+def test_boosted_channels_that_do_not_exist_are_refused(channels: list[int], head: int) -> None:
+    """They would be indices outside a head."""
+    shape = layout(layer=LayerSpec(key=TensorSpec(boost=4)))
+    payload = torch.zeros(shape.block_bytes, dtype=torch.uint8)
+    for layer in range(3):
+        begin = shape.layers[layer].page.offsets.k_channels
+        shape.layer_pages(payload, layer)[..., begin : begin + 16] = torch.arange(0, 64, 4, dtype=torch.uint8)
+    shape.split_payload(payload, 1)
+    share = shape.layer_pages(payload, 1)[head, -1]
+    share[begin + 16 - len(channels) : begin + 16] = torch.tensor(channels, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="boosted channels"):
+        shape.split_payload(payload, 1)
+
+
 def test_payload_of_block_0_is_one_slice_a_head() -> None:
     shape = layout()
     block = torch.randint(0, 256, (shape.block_bytes,), dtype=torch.uint8)
