@@ -43,7 +43,32 @@ INLINE void fold_queries(const int D, const int GB, const int TERMS, const struc
     }
 }
 
-/* Adds the products of one plane, or of a pair, at 16 tokens to the heads' totals, times 4^plane. */
+/* Adds the products of some words and fields at 16 tokens to the heads' totals, times 4^plane. */
+INLINE void add_run(const int D, const int GB, const int TERMS, const int PAIR, const uint8_t *codes, int plane,
+                    const int field, const int fields, int begin, int end, const struct folded_queries *q,
+                    __m256i total[HEADS][2]) {
+    __m256i acc[HEADS][2];
+    UNROLL for (int g = 0; g < GB; g++) acc[g][0] = acc[g][1] = _mm256_setzero_si256();
+    for (int j = begin; j < end; j++) {
+        const uint8_t *row = codes + 2 * PAGE * j;
+        const __m256i low = _mm256_loadu_si256((const __m256i *)row);
+        const __m256i high = PAIR ? _mm256_loadu_si256((const __m256i *)(row + PLANE_BYTES(D))) : low;
+        UNROLL for (int i = field; i < field + fields; i++) {
+            const __m256i c = field_codes(PAIR, low, high, i);
+            UNROLL for (int g = 0; g < GB; g++)
+                UNROLL for (int r = 0; r < TERMS; r++)
+                    accumulate(&acc[g][r], _mm256_maddubs_epi16(c, broadcast_pair(&q->terms[r][g][D / 8 * i + j])));
+        }
+    }
+    UNROLL for (int g = 0; g < GB; g++) {
+        __m256i sums[2];
+        join_terms(TERMS, acc[g], sums);
+        UNROLL for (int k = 0; k < 2; k++)
+            total[g][k] = _mm256_add_epi32(total[g][k], _mm256_slli_epi32(sums[k], 2 * plane));
+    }
+}
+
+/* The same for one whole plane, or a pair. */
 INLINE void add_products(const int D, const int GB, const int TERMS, const int PAIR, const uint8_t *codes, int plane,
                          const struct folded_queries *q, __m256i total[HEADS][2]) {
     const int words = D / 8;
@@ -51,29 +76,15 @@ INLINE void add_products(const int D, const int GB, const int TERMS, const int P
     const int most = 32767 / (2 * 128 * TOP(PAIR));
     const int fields = 4 * words <= most ? 4 : 2 * words <= most ? 2 : 1;
     const int runs = (words + most - 1) / most, run = (words + runs - 1) / runs;
-    UNROLL for (int field = 0; field < 4; field += fields)
-        for (int begin = 0; begin < words; begin += run) {
-            __m256i acc[HEADS][2];
-            UNROLL for (int g = 0; g < GB; g++) acc[g][0] = acc[g][1] = _mm256_setzero_si256();
-            for (int j = begin; j < begin + run && j < words; j++) {
-                const uint8_t *row = codes + 2 * PAGE * j;
-                const __m256i low = _mm256_loadu_si256((const __m256i *)row);
-                const __m256i high = PAIR ? _mm256_loadu_si256((const __m256i *)(row + PLANE_BYTES(D))) : low;
-                UNROLL for (int i = field; i < field + fields; i++) {
-                    const __m256i c = field_codes(PAIR, low, high, i);
-                    UNROLL for (int g = 0; g < GB; g++)
-                        UNROLL for (int r = 0; r < TERMS; r++)
-                            accumulate(&acc[g][r],
-                                       _mm256_maddubs_epi16(c, broadcast_pair(&q->terms[r][g][words * i + j])));
-                }
-            }
-            UNROLL for (int g = 0; g < GB; g++) {
-                __m256i sums[2];
-                join_terms(TERMS, acc[g], sums);
-                UNROLL for (int k = 0; k < 2; k++)
-                    total[g][k] = _mm256_add_epi32(total[g][k], _mm256_slli_epi32(sums[k], 2 * plane));
-            }
+    UNROLL for (int field = 0; field < 4; field += fields) {
+        if (runs == 1) {
+            add_run(D, GB, TERMS, PAIR, codes, plane, field, fields, 0, words, q, total);
+        } else {
+            for (int begin = 0; begin < words; begin += run)
+                add_run(D, GB, TERMS, PAIR, codes, plane, field, fields, begin,
+                        begin + run < words ? begin + run : words, q, total);
         }
+    }
 }
 
 /* Scores of 16 tokens for GB heads, which are PAGE apart. `codes`: these tokens in the lowest plane. */

@@ -15,8 +15,8 @@ INLINE void interleave_values(const int D, const uint8_t *codes, uint8_t *rows) 
         uint8_t *row = rows + t * ROW_BYTES(D);
         UNROLL for (int b = 0; b + 16 <= D / 4; b += 16) {
             const __m128i x = _mm_loadu_si128((const __m128i *)(even + b)), y = _mm_loadu_si128((const __m128i *)(odd + b));
-            _mm_store_si128((__m128i *)(row + 2 * b), _mm_unpacklo_epi8(x, y));
-            _mm_store_si128((__m128i *)(row + 2 * b + 16), _mm_unpackhi_epi8(x, y));
+            /* One store: loads of 32 bytes stall on two halves. */
+            _mm256_store_si256((__m256i *)(row + 2 * b), _mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y)));
         }
         const int done = D / 4 / 16 * 16;
         if (D / 4 - done == 8)
@@ -56,8 +56,8 @@ struct weights {
 /* Folds the V scale into probabilities; zero points join zero_sum. */
 INLINE void fold_probabilities(const int GB, const int TERMS, const struct tensor_format *f, const uint8_t *page,
                                int tile, float probabilities[HEADS][PAGE], struct state *s, struct weights *weights) {
-    ALIGNED float inverse[4];
     const int groups = s->groups;
+    ALIGNED float inverse[4];
     ALIGNED __m256 folded[MAX_VALUE_GROUPS][HEADS][4];
     __m256 most[HEADS];
     UNROLL for (int g = 0; g < HEADS; g++) most[g] = _mm256_setzero_ps();
@@ -87,6 +87,21 @@ INLINE void fold_probabilities(const int GB, const int TERMS, const struct tenso
                         weights->terms[n][1][g]);
 }
 
+/* Sums of 16 channels over some pairs of tokens, in the order of join_terms. */
+INLINE void sum_run(const int D, const int GB, const int TERMS, const int PAIR, const uint8_t *low, const uint8_t *high,
+                    const int j, const uint32_t (*terms)[HEADS][PAGE / 2], int begin, int end,
+                    __m256i sums[HEADS][2]) {
+    __m256i acc[HEADS][2];
+    UNROLL for (int g = 0; g < GB; g++) acc[g][0] = acc[g][1] = _mm256_setzero_si256();
+    for (int t = begin; t < end; t++) {
+        const __m256i c = channel_codes(D, PAIR, low + t * ROW_BYTES(D), high + t * ROW_BYTES(D), j);
+        UNROLL for (int g = 0; g < GB; g++)
+            UNROLL for (int r = 0; r < TERMS; r++)
+                accumulate(&acc[g][r], _mm256_maddubs_epi16(broadcast_pair(&terms[r][g][t]), c));
+    }
+    UNROLL for (int g = 0; g < GB; g++) join_terms(TERMS, acc[g], sums[g]);
+}
+
 /* Adds one plane of a tile's V, or a pair, weighted, to the heads' outputs. `shift`: log2 of the 16-channel columns of a
  * group. */
 INLINE void add_codes(const int D, const int GB, const int TERMS, const int PAIR, const uint8_t *codes, int plane,
@@ -94,26 +109,19 @@ INLINE void add_codes(const int D, const int GB, const int TERMS, const int PAIR
     ALIGNED uint8_t rows[1 + PAIR][PAGE / 2 * ROW_BYTES(D)];
     interleave_values(D, codes, rows[0]);
     if (PAIR) interleave_values(D, codes + PLANE_BYTES(D), rows[PAIR]);
-    /* Pairs of tokens before a 16-bit sum must be widened: each is up to 2 * 255 * TOP. */
-    const int run = PAIR ? 4 : PAGE / 2;
     UNROLL for (int j = 0; j < D / 16; j++) {
         const uint32_t(*terms)[HEADS][PAGE / 2] = weights->terms[j >> shift];
         __m256i total[HEADS][2];
-        for (int begin = 0; begin < PAGE / 2; begin += run) {
-            __m256i acc[HEADS][2];
-            UNROLL for (int g = 0; g < GB; g++) acc[g][0] = acc[g][1] = _mm256_setzero_si256();
-            for (int t = begin; t < begin + run; t++) {
-                const uint8_t *row = rows[0] + t * ROW_BYTES(D);
-                const __m256i c = channel_codes(D, PAIR, row, rows[PAIR] + t * ROW_BYTES(D), j);
+        /* Pairs of tokens before a 16-bit sum must be widened: each is up to 2 * 255 * TOP. */
+        if (!PAIR) {
+            sum_run(D, GB, TERMS, PAIR, rows[0], rows[0], j, terms, 0, PAGE / 2, total);
+        } else {
+            UNROLL for (int g = 0; g < GB; g++) total[g][0] = total[g][1] = _mm256_setzero_si256();
+            for (int begin = 0; begin < PAGE / 2; begin += 4) {
+                __m256i sums[HEADS][2];
+                sum_run(D, GB, TERMS, PAIR, rows[0], rows[PAIR], j, terms, begin, begin + 4, sums);
                 UNROLL for (int g = 0; g < GB; g++)
-                    UNROLL for (int r = 0; r < TERMS; r++)
-                        accumulate(&acc[g][r], _mm256_maddubs_epi16(broadcast_pair(&terms[r][g][t]), c));
-            }
-            UNROLL for (int g = 0; g < GB; g++) {
-                __m256i sums[2];
-                join_terms(TERMS, acc[g], sums);
-                UNROLL for (int k = 0; k < 2; k++)
-                    total[g][k] = begin ? _mm256_add_epi32(total[g][k], sums[k]) : sums[k];
+                    UNROLL for (int k = 0; k < 2; k++) total[g][k] = _mm256_add_epi32(total[g][k], sums[g][k]);
             }
         }
         UNROLL for (int g = 0; g < GB; g++) {

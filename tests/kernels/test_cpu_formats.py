@@ -26,9 +26,7 @@ TENSORS = [
     if (bits, scales) != (8, "8bit")
 ] + [TensorSpec(bits=16)]
 LAYERS = [
-    LayerSpec(key=key, value=TENSORS[(i + shift) % len(TENSORS)])
-    for shift in (0, 5)
-    for i, key in enumerate(TENSORS)
+    LayerSpec(key=key, value=TENSORS[(i + shift) % len(TENSORS)]) for shift in (0, 5) for i, key in enumerate(TENSORS)
 ]
 """Every tensor format with itself and with another."""
 BYTE_SCALES = TensorSpec(group_size=64, scales="8bit")
