@@ -65,7 +65,7 @@ INLINE void fold_probabilities(const int GB, const int TERMS, const struct tenso
         __m256 scales[4], zeros[4];
         UNROLL for (int k = 0; k < 4; k++) {
             scales[k] = load_scales(f, page, (tile * groups + n) * PAGE + 8 * k);
-            zeros[k] = load_zeros(f, page, (tile * groups + n) * PAGE + 8 * k, scales[k]);
+            zeros[k] = load_zeros(f, page, (tile * groups + n) * PAGE + 8 * k, scales[k], _mm256_set1_ps(zero_factor(f)));
         }
         UNROLL for (int g = 0; g < GB; g++) {
             __m256 sum = s->zero_sum[g][n];

@@ -25,13 +25,20 @@ TENSORS = [
     for bits, group, scales in itertools.product((2, 4, 8), (16, 32, 64), ("fp16", "8bit"))
     if (bits, scales) != (8, "8bit")
 ] + [TensorSpec(bits=16)]
-LAYERS = [
+BOOSTED = [
+    LayerSpec(key=TensorSpec(group_size=128, scales="8bit", boost=6), value=TensorSpec(group_size=64, scales="8bit")),
+    LayerSpec(key=TensorSpec(bits=4, group_size=128, boost=2), value=TensorSpec(bits=4, group_size=128)),
+    LayerSpec(key=TensorSpec(group_size=16, boost=15), value=TensorSpec(bits=8, group_size=128)),
+    LayerSpec(key=TensorSpec(bits=4, group_size=32, scales="8bit", boost=9), value=TensorSpec(bits=16)),
+]
+LAYERS = BOOSTED + [
     LayerSpec(key=key, value=TENSORS[(i + shift) % len(TENSORS)]) for shift in (0, 5) for i, key in enumerate(TENSORS)
 ]
 """Every tensor format with itself and with another."""
 BYTE_SCALES = TensorSpec(group_size=64, scales="8bit")
 MIXED = [
     LayerSpec(),
+    BOOSTED[0],
     LayerSpec(key=BYTE_SCALES, value=BYTE_SCALES),
     LayerSpec(key=TensorSpec(bits=4, group_size=16), value=TensorSpec(bits=16)),
     LayerSpec(key=TensorSpec(bits=16), value=TensorSpec(bits=4, group_size=16, scales="8bit")),
@@ -44,7 +51,7 @@ MakeCache = Callable[..., Any]
 
 
 def name(layer: LayerSpec) -> str:
-    return "-".join(f"{t.bits}g{t.group_size}{t.scales}" for t in (layer.key, layer.value))
+    return "-".join(f"{t.bits}g{t.group_size}{t.scales}+{t.boost}" for t in (layer.key, layer.value))
 
 
 def guarded_bytes(size: int) -> Tensor:

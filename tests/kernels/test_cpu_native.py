@@ -22,14 +22,14 @@ def fresh_cache() -> Iterator[None]:
 
 
 def test_load(native: NativeKernels) -> None:
-    assert native.name == load(64).name == "cpu-avx2-int8x2/2"
+    assert native.name == load(64).name == "cpu-avx2-int8x2/3"
 
 
 def test_names_say_how_many_terms(native: NativeKernels) -> None:
     """The name is part of the numerics class: workers of different terms must not share blocks unawares."""
     cpu = torch.device("cpu")
-    assert select_kernels(cpu, head_dim=64, impl="cpu").kernels.name == "cpu-avx2-int8x2/2"
-    assert select_kernels(cpu, head_dim=64, impl="cpu-int8").kernels.name == "cpu-avx2-int8/2"
+    assert select_kernels(cpu, head_dim=64, impl="cpu").kernels.name == "cpu-avx2-int8x2/3"
+    assert select_kernels(cpu, head_dim=64, impl="cpu-int8").kernels.name == "cpu-avx2-int8/3"
     with pytest.raises(ValueError, match="head_dim 48"):
         select_kernels(cpu, head_dim=48, impl="cpu-int8")
     with pytest.raises(ValueError, match="terms must be one of"):

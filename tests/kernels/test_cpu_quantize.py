@@ -21,10 +21,16 @@ TENSORS = [
 ] + [TensorSpec(bits=16)]
 LAYERS = [LayerSpec(key=key, value=value) for key, value in zip(TENSORS, TENSORS[5:] + TENSORS[:5], strict=True)]
 """Every tensor format once as K and once as V."""
+LAYERS += [
+    LayerSpec(key=TensorSpec(group_size=128, scales="8bit", boost=6), value=TensorSpec(group_size=128, scales="8bit")),
+    LayerSpec(key=TensorSpec(bits=4, group_size=128, boost=2), value=TensorSpec(bits=4, group_size=128)),
+    LayerSpec(key=TensorSpec(group_size=16, boost=15)),
+    LayerSpec(key=TensorSpec(bits=4, group_size=32, scales="8bit", boost=9)),
+]
 
 
 def name(layer: LayerSpec) -> str:
-    return "-".join(f"{t.bits}g{t.group_size}{t.scales}" for t in (layer.key, layer.value))
+    return "-".join(f"{t.bits}g{t.group_size}{t.scales}+{t.boost}" for t in (layer.key, layer.value))
 
 
 def quantize(native: NativeKernels, k: Tensor, v: Tensor, page: PageFormat, sink_tokens: int = 0) -> Tensor:
@@ -47,7 +53,7 @@ def random_kv(heads: int, tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_format(native: NativeKernels, layer: LayerSpec, head_dim: int) -> None:
     page = PageFormat(head_dim, layer)
-    for heads, tokens, sink_tokens in ((1, 64, 0), (3, 192, 4), (2, 128, 15), (2, 128, 16)):
+    for heads, tokens, sink_tokens in ((1, page.tokens, 0), (3, 384, 4), (2, 128, 15), (2, 128, 16)):
         k, v = random_kv(heads, tokens, head_dim)
         assert torch.equal(
             quantize(native, k, v, page, sink_tokens), quantize_pages(k, v, page, sink_tokens=sink_tokens)
@@ -60,7 +66,7 @@ def test_every_format(native: NativeKernels, layer: LayerSpec, head_dim: int) ->
 def test_any_magnitude(native: NativeKernels, layer: LayerSpec, strength: float, offset: float) -> None:
     """Subnormals and numbers at the edge of fp16, alone and far from zero, with a quiet channel and a constant one."""
     page = PageFormat(64, layer)
-    x = torch.randn(2, 2, 64, 64) * strength + offset * strength
+    x = torch.randn(2, 2, 128, 64) * strength + offset * strength
     x[..., 5] *= 1e-4
     x[..., 6] = offset
     k, v = x.clamp(-65504, 65504).half()
@@ -71,7 +77,7 @@ def test_any_magnitude(native: NativeKernels, layer: LayerSpec, strength: float,
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -300.5, 65504.0, 6e-8])
 def test_constant_groups(native: NativeKernels, layer: LayerSpec, value: float) -> None:
     page = PageFormat(64, layer)
-    x = torch.full((2, 64, 64), value).half()
+    x = torch.full((2, 128, 64), value).half()
     assert torch.equal(quantize(native, x, x, page), quantize_pages(x, x, page))
 
 
@@ -79,8 +85,8 @@ def test_constant_groups(native: NativeKernels, layer: LayerSpec, value: float) 
 def test_few_values(native: NativeKernels, layer: LayerSpec) -> None:
     """Ties: values half way between codes, and two values alternating."""
     page = PageFormat(32, layer)
-    k = torch.randint(-8, 9, (4, 64, 32)).half() * 0.25
-    v = torch.tensor([65504.0, -65504.0]).half()[torch.randint(0, 2, (4, 64, 32))]
+    k = torch.randint(-8, 9, (4, 128, 32)).half() * 0.25
+    v = torch.tensor([65504.0, -65504.0]).half()[torch.randint(0, 2, (4, 128, 32))]
     assert torch.equal(quantize(native, k, v, page), quantize_pages(k, v, page))
     assert torch.equal(quantize(native, v, k, page), quantize_pages(v, k, page))
 
