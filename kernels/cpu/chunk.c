@@ -124,7 +124,8 @@ INLINE void attend_tokens(const int D, struct tile *tile, const struct score_rul
         if (first_visible(rule, tile->position[row]) >= origin + end) continue;
         score_rows(D, tile->query + row * D, tile->keys, scores);
         UNROLL for (int r = 0; r < ROWS; r++) {
-            const int64_t position = tile->position[row + r] - origin, seen = first_visible(rule, position + origin) - origin;
+            const int64_t position = tile->position[row + r] - origin;
+            const int64_t seen = first_visible(rule, tile->position[row + r]) - origin;
             const int from = seen > first ? (int)(seen < PAGE ? seen : PAGE) : first;
             const int to = position + 1 < end ? (int)position + 1 : end;
             if (rule->softcap > 0)
@@ -195,9 +196,9 @@ INLINE void attend_chunk(const int D, const struct chunk_call *call, int64_t hea
     }
 }
 
-#define SPECIALISE(D)                                                                    \
+#define SPECIALISE(D)                                                                  \
     static void attend_##D(const struct chunk_call *call, int64_t head, int64_t row) { \
-        attend_chunk(D, call, head, row);                                               \
+        attend_chunk(D, call, head, row);                                              \
     }
 SPECIALISE(32)
 SPECIALISE(64)

@@ -37,85 +37,94 @@ INLINE void put(float *out, __m256 x, int plane) {
     _mm256_store_ps(out, plane ? _mm256_add_ps(_mm256_load_ps(out), x) : x);
 }
 
-/* One plane of a tile's keys: `words` rows of codes, whose channel i stands for channel channels[i] of the head. */
-INLINE void unpack_key_plane(const int words, const uint8_t *codes, int begin, int end, const uint8_t *channels,
-                             float tables[][8], int plane, float *keys) {
-    for (int word = 0; word < words; word++)
-        for (int t = begin; t < end; t += 8) {
-            const __m256i w = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(codes + 2 * (PAGE * word + t))));
-            UNROLL for (int byte = 0; byte < 2; byte++)
-                UNROLL for (int i = 0; i < 4; i++) {
-                    const int place = i * 2 * words + 2 * word + byte, channel = channels ? channels[place] : place;
-                    const __m256 table = _mm256_load_ps(tables[channel]);
-                    put(keys + channel * PAGE + t, look_up(table, w, 8 * byte + 2 * i), plane);
-                }
+/* One plane of a tile's keys, `words` rows of codes. Their i-th channel is the head's channels[i], or i without it. */
+INLINE void unpack_key_plane(const int D, const struct tensor_format *k, const uint8_t *page, int tile, int plane,
+                             const float *zero_factors, const uint8_t *codes, const int words, const uint8_t *channels,
+                             float *keys) {
+    ALIGNED float tables[MAX_HEAD_DIM][8];
+    const int group = (int)k->group, span = group < PAGE ? group : PAGE;
+    for (int begin = 0; begin < PAGE; begin += span) {
+        const int64_t first = (int64_t)((tile * PAGE + begin) / group) * D;
+        for (int c = 0; c < D; c += 8) {
+            __m256 t[8];
+            plane_tables(k, page, first + c, _mm256_load_ps(zero_factors + c), plane, t);
+            UNROLL for (int i = 0; i < 8; i++) _mm256_store_ps(tables[c + i], t[i]);
         }
-}
-
-INLINE void unpack_keys(const int D, const struct page_format *f, const uint8_t *page, int tile, float *keys) {
-    ALIGNED float tables[MAX_HEAD_DIM][8], zero_factors[MAX_HEAD_DIM];
-    const struct tensor_format *k = &f->key;
-    const int planes = planes_of(k), group = (int)k->group, span = group < PAGE ? group : PAGE;
-    const int boosted = (int)k->boosted;
-    channel_zero_factors(D, k, page, zero_factors);
-    for (int plane = 0; plane < planes + (boosted > 0); plane++)
-        for (int begin = 0; begin < PAGE; begin += span) {
-            const int64_t first = (int64_t)((tile * PAGE + begin) / group) * D;
-            for (int c = 0; c < D; c += 8) {
-                __m256 t[8];
-                plane_tables(k, page, first + c, _mm256_load_ps(zero_factors + c), plane, t);
-                UNROLL for (int i = 0; i < 8; i++) _mm256_store_ps(tables[c + i], t[i]);
+        for (int word = 0; word < words; word++)
+            for (int t = begin; t < begin + span; t += 8) {
+                const __m256i w =
+                    _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(codes + 2 * (PAGE * word + t))));
+                UNROLL for (int byte = 0; byte < 2; byte++)
+                    UNROLL for (int i = 0; i < 4; i++) {
+                        const int place = i * 2 * words + 2 * word + byte, channel = channels ? channels[place] : place;
+                        const __m256 table = _mm256_load_ps(tables[channel]);
+                        put(keys + channel * PAGE + t, look_up(table, w, 8 * byte + 2 * i), plane);
+                    }
             }
-            if (plane < planes)
-                unpack_key_plane(D / 8, page + k->codes + (tile * planes + plane) * PLANE_BYTES(D), begin, begin + span,
-                                 NULL, tables, plane, keys);
-            else
-                unpack_key_plane(boosted / 8, page + k->boost + tile * PLANE_BYTES(boosted), begin, begin + span,
-                                 page + k->channels, tables, plane, keys);
-        }
+    }
 }
 
-INLINE void unpack_values(const int D, const struct page_format *f, const uint8_t *page, int tile, float *values) {
+/* The lowest plane is a case of its own: it adds to nothing, and most pages have no other. */
+INLINE void unpack_keys(const int D, const struct page_format *f, const uint8_t *page, int tile, float *keys) {
+    ALIGNED float zero_factors[MAX_HEAD_DIM];
+    const struct tensor_format *k = &f->key;
+    const int planes = planes_of(k), boosted = (int)k->boosted;
+    const uint8_t *codes = page + k->codes + tile * planes * PLANE_BYTES(D);
+    channel_zero_factors(D, k, page, zero_factors);
+    unpack_key_plane(D, k, page, tile, 0, zero_factors, codes, D / 8, NULL, keys);
+    for (int plane = 1; plane < planes; plane++)
+        unpack_key_plane(D, k, page, tile, plane, zero_factors, codes + plane * PLANE_BYTES(D), D / 8, NULL, keys);
+    if (boosted)
+        unpack_key_plane(D, k, page, tile, planes, zero_factors, page + k->boost + tile * PLANE_BYTES(boosted),
+                         boosted / 8, page + k->channels, keys);
+}
+
+INLINE void unpack_value_plane(const int D, const struct page_format *f, const uint8_t *page, int tile, int plane,
+                               float *values) {
     ALIGNED float tables[MAX_VALUE_GROUPS][8][8];
     const int planes = planes_of(&f->value), groups = value_groups(f, D), group = (int)f->value.group;
     const int shift = __builtin_ctz((unsigned)group);
-    for (int plane = 0; plane < planes; plane++)
-        for (int t = 0; t < PAGE; t += 8) {
-            for (int n = 0; n < groups; n++) {
-                __m256 v[8];
-                plane_tables(&f->value, page, (int64_t)(tile * groups + n) * PAGE + t,
-                             _mm256_set1_ps(zero_factor(&f->value)), plane, v);
-                UNROLL for (int i = 0; i < 8; i++) _mm256_store_ps(tables[n][i], v[i]);
-            }
-            for (int k = 0; k < 8; k++) {
-                const uint8_t *codes =
-                    page + f->value.codes + (tile * planes + plane) * PLANE_BYTES(D) + (t + k) * (D / 4);
-                float *out = values + (t + k) * D;
-                UNROLL for (int b = 0; b + 8 <= D / 4; b += 8) {
-                    const __m256i w = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + b)));
-                    UNROLL for (int i = 0; i < 4; i++) {
-                        const int channel = i * (D / 4) + b; /* groups may change every 4 channels, where D / 4 is odd */
-                        __m256 table = _mm256_load_ps(tables[channel >> shift][k]);
-                        if (D / 4 % 8)
-                            table = _mm256_blend_ps(table, _mm256_load_ps(tables[(channel + 4) >> shift][k]), 0xF0);
-                        const __m256 x = look_up(table, w, 2 * i);
-                        _mm256_storeu_ps(out + channel, plane ? _mm256_add_ps(_mm256_loadu_ps(out + channel), x) : x);
-                    }
+    const __m256 zero = _mm256_set1_ps(zero_factor(&f->value));
+    for (int t = 0; t < PAGE; t += 8) {
+        for (int n = 0; n < groups; n++) {
+            __m256 v[8];
+            plane_tables(&f->value, page, (int64_t)(tile * groups + n) * PAGE + t, zero, plane, v);
+            UNROLL for (int i = 0; i < 8; i++) _mm256_store_ps(tables[n][i], v[i]);
+        }
+        for (int k = 0; k < 8; k++) {
+            const uint8_t *codes =
+                page + f->value.codes + (tile * planes + plane) * PLANE_BYTES(D) + (t + k) * (D / 4);
+            float *out = values + (t + k) * D;
+            UNROLL for (int b = 0; b + 8 <= D / 4; b += 8) {
+                const __m256i w = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + b)));
+                UNROLL for (int i = 0; i < 4; i++) {
+                    const int channel = i * (D / 4) + b; /* groups may change every 4 channels */
+                    __m256 table = _mm256_load_ps(tables[channel >> shift][k]);
+                    if (D / 4 % 8)
+                        table = _mm256_blend_ps(table, _mm256_load_ps(tables[(channel + 4) >> shift][k]), 0xF0);
+                    const __m256 x = look_up(table, w, 2 * i);
+                    _mm256_storeu_ps(out + channel, plane ? _mm256_add_ps(_mm256_loadu_ps(out + channel), x) : x);
                 }
-                if (D / 4 % 8) {
-                    const int b = D / 4 - 4;
-                    int32_t four;
-                    memcpy(&four, codes + b, 4);
-                    const __m128i w = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(four));
-                    UNROLL for (int i = 0; i < 4; i++) {
-                        const int channel = i * (D / 4) + b;
-                        const __m128 table = _mm_load_ps(tables[channel >> shift][k]);
-                        const __m128 x = _mm_permutevar_ps(table, _mm_srli_epi32(w, 2 * i));
-                        _mm_storeu_ps(out + channel, plane ? _mm_add_ps(_mm_loadu_ps(out + channel), x) : x);
-                    }
+            }
+            if (D / 4 % 8) {
+                const int b = D / 4 - 4;
+                int32_t four;
+                memcpy(&four, codes + b, 4);
+                const __m128i w = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(four));
+                UNROLL for (int i = 0; i < 4; i++) {
+                    const int channel = i * (D / 4) + b;
+                    const __m128 table = _mm_load_ps(tables[channel >> shift][k]);
+                    const __m128 x = _mm_permutevar_ps(table, _mm_srli_epi32(w, 2 * i));
+                    _mm_storeu_ps(out + channel, plane ? _mm_add_ps(_mm_loadu_ps(out + channel), x) : x);
                 }
             }
         }
+}
+}
+
+INLINE void unpack_values(const int D, const struct page_format *f, const uint8_t *page, int tile, float *values) {
+    unpack_value_plane(D, f, page, tile, 0, values);
+    for (int plane = 1; plane < planes_of(&f->value); plane++) unpack_value_plane(D, f, page, tile, plane, values);
 }
 
 /* `count` fp16 tokens, 1 to 32; the rest of the tile becomes 0. */

@@ -177,7 +177,8 @@ static struct cut cut_of(const struct decode_args *a, int64_t b) {
     struct cut c = {.position = packed + a->tail_lens[b] - 1, .end = (int)(packed / a->page.tokens)};
     c.visible = first_visible(&a->rule, c.position);
     c.begin = (int)((c.visible < packed ? c.visible : packed) / a->page.tokens);
-    const int least = (int)(PIECE_TILES * PAGE / a->page.tokens), share = (c.end - c.begin + MAX_PIECES - 1) / MAX_PIECES;
+    const int least = (int)(PIECE_TILES * PAGE / a->page.tokens);
+    const int share = (c.end - c.begin + MAX_PIECES - 1) / MAX_PIECES;
     c.pages = share > least ? share : least;
     c.pieces = (c.end - c.begin + c.pages - 1) / c.pages;
     return c;

@@ -5,8 +5,8 @@
 #include "decode_terms.h"
 #include "scales.h"
 
-/* A row of V codes at a pair of tokens, byte by byte: D / 2 bytes in quads of 4 channels (8 bytes). Unless quads come in
- * fours, the first three follow again, so that 16 channels are one load wherever they begin. */
+/* A row of V codes at a pair of tokens, byte by byte: D / 2 bytes in quads of 4 channels (8 bytes). Unless quads come
+ * in fours, the first three follow again, so that 16 channels are one load wherever they begin. */
 #define ROW_BYTES(D) ((D) % 64 ? ((D) / 2 + 24 + 31) / 32 * 32 : (D) / 2)
 
 INLINE void interleave_values(const int D, const uint8_t *codes, uint8_t *rows) {
@@ -14,19 +14,24 @@ INLINE void interleave_values(const int D, const uint8_t *codes, uint8_t *rows) 
         const uint8_t *even = codes + 2 * t * (D / 4), *odd = even + D / 4;
         uint8_t *row = rows + t * ROW_BYTES(D);
         UNROLL for (int b = 0; b + 16 <= D / 4; b += 16) {
-            const __m128i x = _mm_loadu_si128((const __m128i *)(even + b)), y = _mm_loadu_si128((const __m128i *)(odd + b));
+            const __m128i x = _mm_loadu_si128((const __m128i *)(even + b));
+            const __m128i y = _mm_loadu_si128((const __m128i *)(odd + b));
+            const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y));
             /* One store: loads of 32 bytes stall on two halves. */
-            _mm256_store_si256((__m256i *)(row + 2 * b), _mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y)));
+            _mm256_store_si256((__m256i *)(row + 2 * b), both);
         }
         const int done = D / 4 / 16 * 16;
-        if (D / 4 - done == 8)
-            _mm_store_si128((__m128i *)(row + 2 * done), _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i *)(even + done)),
-                                                                          _mm_loadl_epi64((const __m128i *)(odd + done))));
+        if (D / 4 - done == 8) {
+            const __m128i x = _mm_loadl_epi64((const __m128i *)(even + done));
+            const __m128i y = _mm_loadl_epi64((const __m128i *)(odd + done));
+            _mm_store_si128((__m128i *)(row + 2 * done), _mm_unpacklo_epi8(x, y));
+        }
         if (D / 4 - done == 4) {
             int32_t x, y;
             memcpy(&x, even + done, 4);
             memcpy(&y, odd + done, 4);
-            _mm_storel_epi64((__m128i *)(row + 2 * done), _mm_unpacklo_epi8(_mm_cvtsi32_si128(x), _mm_cvtsi32_si128(y)));
+            const __m128i both = _mm_unpacklo_epi8(_mm_cvtsi32_si128(x), _mm_cvtsi32_si128(y));
+            _mm_storel_epi64((__m128i *)(row + 2 * done), both);
         }
         if (D % 64)
             UNROLL for (int i = 0; i < 3; i++) memcpy(row + D / 2 + 8 * i, row + 8 * i, 8);
@@ -35,7 +40,8 @@ INLINE void interleave_values(const int D, const uint8_t *codes, uint8_t *rows) 
 
 /* Codes of channels 16 j .. 16 j + 15 at a pair of tokens, of one plane's row or of a pair's. Its four quads lie in one
  * field unless D / 16 is no multiple of four. */
-INLINE __m256i channel_codes(const int D, const int PAIR, const uint8_t *low_row, const uint8_t *high_row, const int j) {
+INLINE __m256i channel_codes(const int D, const int PAIR, const uint8_t *low_row, const uint8_t *high_row,
+                             const int j) {
     const int quads = D / 16, first = 4 * j, at = first % quads * 8;
     __m256i low = _mm256_loadu_si256((const __m256i *)(low_row + at));
     __m256i high = PAIR ? _mm256_loadu_si256((const __m256i *)(high_row + at)) : low;
@@ -102,8 +108,8 @@ INLINE void sum_run(const int D, const int GB, const int TERMS, const int PAIR, 
     UNROLL for (int g = 0; g < GB; g++) join_terms(TERMS, acc[g], sums[g]);
 }
 
-/* Adds one plane of a tile's V, or a pair, weighted, to the heads' outputs. `shift`: log2 of the 16-channel columns of a
- * group. */
+/* Adds one plane of a tile's V, or a pair, weighted, to the heads' outputs. `shift`: log2 of the 16-channel columns of
+ * a group. */
 INLINE void add_codes(const int D, const int GB, const int TERMS, const int PAIR, const uint8_t *codes, int plane,
                       int shift, const struct weights *weights, struct state *s) {
     ALIGNED uint8_t rows[1 + PAIR][PAGE / 2 * ROW_BYTES(D)];

@@ -171,7 +171,8 @@ static int quantize_keys(const struct page_format *f, int head_dim, const uint16
             struct fit fit = {.stored_scale = _mm_setzero_si128(), .stored_zero = _mm_setzero_si128()};
             if (begin + group > sinks) {
                 fit = fit_groups((int)k->byte_scales, &widths, x, sinks > begin ? sinks : begin, begin + group);
-                for (int t = begin; t < begin + group; t += 4) store_codes(x, t, &fit, codes + t * head_dim + c, head_dim);
+                for (int t = begin; t < begin + group; t += 4)
+                    store_codes(x, t, &fit, codes + t * head_dim + c, head_dim);
             }
             store_groups(k, page + k->scale, index, fit.stored_scale);
             store_groups(k, page + k->zero, index, fit.stored_zero);
