@@ -41,12 +41,10 @@ class TritonKernels:
             self._capability = 10 * major + minor
 
     def quantize_block(self, keys: Tensor, values: Tensor, page: PageFormat, *, sink_tokens: int, out: Tensor) -> None:
-        _check_head_dim(keys.shape[-1])
-        _check_plain(page)
         if keys.stride(-1) != 1 or values.stride(-1) != 1 or not out.is_contiguous():
             raise ValueError("channels of K and V must be contiguous, and so must the pages")
         flag = torch.zeros(1, dtype=torch.int32, device=keys.device)
-        quantize_block(keys, values, sink_tokens=sink_tokens, out=out, flag=flag)
+        quantize_block(keys, values, page, sink_tokens=sink_tokens, out=out, flag=flag)
         if flag.item():
             raise ValueError("K or V is not finite: the block is refused")
 
