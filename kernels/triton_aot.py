@@ -36,6 +36,7 @@ from kvferry.kernels.machine_code import (
 from kvferry.kernels.page import PageFormat
 from kvferry.kernels.roofline import ASSUMED_DEVICES, static_bound
 from kvferry.kernels.spec import PAGE, LayerSpec
+from kvferry.kernels.triton_page import page_shape
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 
@@ -63,7 +64,9 @@ def cases(target: str) -> Iterator[KernelCase]:
     for head_dim, group in ((128, 4), (64, 3)):
         heads = dict(HEADS=8, GROUP=group, HEAD_DIM=head_dim)
         tag = f"d{head_dim}"
-        page_bytes = PageFormat(head_dim, LayerSpec()).num_bytes
+        page = PageFormat(head_dim, LayerSpec())
+        page_bytes = page.num_bytes
+        shape = page_shape(page)
         pool = dict(words_ptr="*i16", pairs_ptr="*i32", halves_ptr="*fp16", table_ptr="*i32")
         partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32")
         for name, members, padded in ((f"packed-{tag}", group, narrow), (f"packed16-{tag}", 16, 16)):
@@ -107,8 +110,8 @@ def cases(target: str) -> Iterator[KernelCase]:
             triton_quantize.quantize_fwd_kernel,
             dict(key_ptr="*fp16", value_ptr="*fp16", bytes_ptr="*u8", words_ptr="*i16")
             | dict(halves_ptr="*fp16", flag_ptr="*i32"),
-            dict(PAGES=4, HEAD_DIM=head_dim),
-            triton_quantize.OPTIONS,
+            dict(PAGES=4, SHAPE=shape),
+            triton_quantize.quantize_options(shape),
             PAGE,
             PAGE * 2 * head_dim * 2 + page_bytes,
         )

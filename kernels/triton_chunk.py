@@ -20,7 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvferry.kernels.packed import PackedPrefix
-from kvferry.kernels.triton_decode import LOG2E, LOWEST, SINK_TILE, TOKENS
+from kvferry.kernels.triton_decode import SINK_TILE
+from kvferry.kernels.triton_pieces import TILE as TOKENS
+from kvferry.kernels.triton_score import LOG2E, LOWEST
 from kvferry.kernels.triton_unpack import fused_multiply_add, unpack
 
 ROW_TILE = tl.constexpr(64)

@@ -13,7 +13,7 @@ from kvferry.kernels.triton_chunk import chunk_attention
 from kvferry.kernels.triton_decode import decode_attention
 from kvferry.kernels.triton_quantize import quantize_block
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = range(16, 257, 16)
 MAX_GROUP = 16
 """Query heads a KV head."""
 
@@ -59,13 +59,13 @@ class TritonKernels:
         softcap: float | None = None,
     ) -> Tensor:
         _check_heads(query.shape[1], batch.layout.num_kv_heads, query.shape[2])
-        _check_plain(batch.layout.layers[layer].page)
-        _check_rule(window, softcap)
         return decode_attention(
             query,
             batch,
             layer=layer,
             scale=scale,
+            window=window,
+            softcap=softcap,
             asm=self._asm,
             narrow=self._narrow,
             capability=self._capability,

@@ -51,8 +51,8 @@ class PageShape:
     tiles: int
     units: int
     """Size of a page in units of 16 bytes."""
-    key: TensorShape
-    value: TensorShape
+    keys: TensorShape
+    values: TensorShape
 
 
 @functools.cache
@@ -62,8 +62,8 @@ def page_shape(page: PageFormat) -> PageShape:
         head_dim=page.head_dim,
         tiles=page.tokens // PAGE,
         units=page.num_bytes // UNIT,
-        key=_tensor_shape(page.spec.key, page.k_groups, o.k_codes, o.k_scale, o.k_zero),
-        value=_tensor_shape(page.spec.value, page.v_groups, o.v_codes, o.v_scale, o.v_zero),
+        keys=_tensor_shape(page.spec.key, page.k_groups, o.k_codes, o.k_scale, o.k_zero),
+        values=_tensor_shape(page.spec.value, page.v_groups, o.v_codes, o.v_scale, o.v_zero),
     )
 
 

@@ -140,19 +140,21 @@ def quantize_keys(
 ):
     """Row of the tile: channel, in quarters that are padded to powers of two; column: token of a group. Channel
     f * D/4 + 2 j + h is in bits 2 f + 8 h of word j."""
-    KEY: tl.constexpr = SHAPE.key
+    KEY: tl.constexpr = SHAPE.keys
     HEAD_DIM: tl.constexpr = SHAPE.head_dim
     WORDS: tl.constexpr = HEAD_DIM // 8
     QUARTER: tl.constexpr = HEAD_DIM // 4
     LANES: tl.constexpr = power_of_two(QUARTER)
     GROUP: tl.constexpr = KEY.group
+    GROUPS: tl.constexpr = KEY.groups
+    PLANES: tl.constexpr = KEY.planes
     quarter = tl.arange(0, 4 * LANES) // LANES
     lane = tl.arange(0, 4 * LANES) % LANES
     exists = lane < QUARTER
     channel = quarter * QUARTER + lane
     shift = quarter * 2 + lane % 2 * 8
     word = tl.arange(0, LANES // 2)
-    for group in tl.static_range(KEY.groups):
+    for group in tl.static_range(GROUPS):
         token = group * GROUP + tl.arange(0, GROUP)
         x = tl.load(page_ptr + token[None, :] * token_stride + channel[:, None], mask=exists[:, None], other=0.0)
         x = x.to(tl.float32)
@@ -160,11 +162,11 @@ def quantize_keys(
         valid = (first_token + token >= sink_tokens)[None, :] & (channel >= 0)[:, None]
         codes, scale, zero = fit_groups(x, valid, KEY)
         store_scales(bytes_ptr, halves_ptr, group * HEAD_DIM + channel, scale, zero, exists, KEY)
-        for plane in tl.static_range(KEY.planes):
+        for plane in tl.static_range(PLANES):
             fields = (codes >> (2 * plane) & 3) << shift[:, None]
             pairs = tl.sum(tl.reshape(fields, [4, LANES, GROUP]), axis=0)
             words = tl.sum(tl.reshape(pairs, [LANES // 2, 2, GROUP]), axis=1)
-            place = (token // TILE * KEY.planes + plane) * (WORDS * TILE) + token % TILE
+            place = (token // TILE * PLANES + plane) * (WORDS * TILE) + token % TILE
             tl.store(
                 words_ptr + KEY.codes // 2 + word[:, None] * TILE + place[None, :],
                 words.to(tl.int16),
@@ -191,18 +193,20 @@ def quantize_values(
     SHAPE: tl.constexpr,
 ):
     """Row of the tile: group of a token; column: channel of the group. Channel f * D/4 + b is in bits 2 f of byte b."""
-    VALUE: tl.constexpr = SHAPE.value
+    VALUE: tl.constexpr = SHAPE.values
     HEAD_DIM: tl.constexpr = SHAPE.head_dim
     QUARTER: tl.constexpr = HEAD_DIM // 4
     LANES: tl.constexpr = power_of_two(QUARTER)
     GROUP: tl.constexpr = VALUE.group
     GROUPS: tl.constexpr = power_of_two(VALUE.groups)
+    PLANES: tl.constexpr = VALUE.planes
+    TILES: tl.constexpr = SHAPE.tiles
     row = tl.arange(0, TILE * GROUPS)
     group = row % GROUPS
     channel = (group * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     exists = channel < HEAD_DIM
     lane = tl.arange(0, LANES)
-    for tile in tl.static_range(SHAPE.tiles):
+    for tile in tl.static_range(TILES):
         token = tile * TILE + row // GROUPS
         x = tl.load(page_ptr + token[:, None] * token_stride + channel, mask=exists, other=0.0).to(tl.float32)
         flag_not_finite(flag_ptr, x)
@@ -210,18 +214,17 @@ def quantize_values(
         codes, scale, zero = fit_groups(x, valid, VALUE)
         place = (tile * VALUE.groups + group) * TILE + row // GROUPS
         store_scales(bytes_ptr, halves_ptr, place, scale, zero, group < VALUE.groups, VALUE)
-        codes = tl.reshape(codes, [TILE, GROUPS * GROUP])
-        for plane in tl.static_range(VALUE.planes):
+        for plane in tl.static_range(PLANES):
             fields = codes >> (2 * plane) & 3
             if GROUPS * GROUP == HEAD_DIM and LANES == QUARTER:
-                column = tl.arange(0, HEAD_DIM)
-                fields = fields << (column // QUARTER * 2)[None, :]
+                fields = fields << (channel // QUARTER * 2)
                 packed = tl.sum(tl.reshape(fields, [TILE, 4, QUARTER]), axis=1)
             else:
+                fields = tl.reshape(fields, [TILE, GROUPS * GROUP])
                 packed = quarter_of(fields, 0, HEAD_DIM, LANES)
                 for f in tl.static_range(1, 4):
                     packed += quarter_of(fields, f, HEAD_DIM, LANES) << (2 * f)
-            begin = VALUE.codes + (tile * VALUE.planes + plane) * (TILE * QUARTER)
+            begin = VALUE.codes + (tile * PLANES + plane) * (TILE * QUARTER)
             tl.store(
                 bytes_ptr + begin + tl.arange(0, TILE)[:, None] * QUARTER + lane[None, :],
                 packed.to(tl.uint8),
@@ -241,9 +244,10 @@ def copy_tokens(
 ):
     """16 bits: fp16 as it is, without the sinks."""
     HEAD_DIM: tl.constexpr = SHAPE.head_dim
+    TILES: tl.constexpr = SHAPE.tiles
     channel = tl.arange(0, power_of_two(HEAD_DIM))
     exists = (channel < HEAD_DIM)[None, :]
-    for tile in tl.static_range(SHAPE.tiles):
+    for tile in tl.static_range(TILES):
         token = tile * TILE + tl.arange(0, TILE)
         x = tl.load(page_ptr + token[:, None] * token_stride + channel[None, :], mask=exists, other=0.0)
         flag_not_finite(flag_ptr, x.to(tl.float32))
@@ -278,18 +282,18 @@ def quantize_fwd_kernel(
     key_ptr += head * key_head_stride + first * key_token_stride
     value_ptr += head * value_head_stride + first * value_token_stride
     if tl.program_id(2) == 0:
-        if SHAPE.key.bits == 16:
+        if SHAPE.keys.bits == 16:
             copy_tokens(
-                key_ptr, key_token_stride, first, sink_tokens, halves_ptr + SHAPE.key.codes // 2, flag_ptr, SHAPE
+                key_ptr, key_token_stride, first, sink_tokens, halves_ptr + SHAPE.keys.codes // 2, flag_ptr, SHAPE
             )
         else:
             quantize_keys(
                 key_ptr, key_token_stride, first, sink_tokens, bytes_ptr, words_ptr, halves_ptr, flag_ptr, SHAPE
             )
     else:
-        if SHAPE.value.bits == 16:
+        if SHAPE.values.bits == 16:
             copy_tokens(
-                value_ptr, value_token_stride, first, sink_tokens, halves_ptr + SHAPE.value.codes // 2, flag_ptr, SHAPE
+                value_ptr, value_token_stride, first, sink_tokens, halves_ptr + SHAPE.values.codes // 2, flag_ptr, SHAPE
             )
         else:
             quantize_values(
@@ -299,7 +303,7 @@ def quantize_fwd_kernel(
 
 def quantize_options(shape: PageShape) -> dict[str, Any]:
     """Launch options. No fused multiply-add: the reference has none."""
-    keys = power_of_two(shape.head_dim) * (shape.key.group if shape.key.planes else TILE_TOKENS)
+    keys = power_of_two(shape.head_dim) * (shape.keys.group if shape.keys.planes else TILE_TOKENS)
     values = power_of_two(shape.head_dim) * TILE_TOKENS
     return {"num_warps": max(4, max(keys, values) // VALUES_PER_WARP), "num_stages": 1, "enable_fp_fusion": False}
 

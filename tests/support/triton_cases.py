@@ -248,14 +248,14 @@ def small_pieces() -> Iterator[None]:
     """Pieces of one tile, at most two until they grow."""
     import triton.language as tl
 
-    from kvferry.kernels import triton_decode
+    from kvferry.kernels import triton_pieces
 
-    old = triton_decode.MIN_PIECE, triton_decode.MAX_PIECES
-    triton_decode.MIN_PIECE, triton_decode.MAX_PIECES = tl.constexpr(1), tl.constexpr(2)
+    old = triton_pieces.MIN_PIECE, triton_pieces.MAX_PIECES
+    triton_pieces.MIN_PIECE, triton_pieces.MAX_PIECES = tl.constexpr(1), tl.constexpr(2)
     try:
         yield
     finally:
-        triton_decode.MIN_PIECE, triton_decode.MAX_PIECES = old
+        triton_pieces.MIN_PIECE, triton_pieces.MAX_PIECES = old
 
 
 def check_pieces_grow(device: torch.device, *, rule: Rule = Rule()) -> None:
