@@ -25,7 +25,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvferry.kernels import triton_chunk, triton_decode, triton_quantize
+from kvferry.kernels import triton_chunk, triton_decode, triton_packed, triton_quantize
 from kvferry.kernels.machine_code import (
     TARGETS,
     MachineCode,
@@ -35,7 +35,7 @@ from kvferry.kernels.machine_code import (
 )
 from kvferry.kernels.page import PageFormat
 from kvferry.kernels.roofline import ASSUMED_DEVICES, static_bound
-from kvferry.kernels.spec import PAGE, LayerSpec
+from kvferry.kernels.spec import PAGE, LayerSpec, TensorSpec
 from kvferry.kernels.triton_page import page_shape
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
@@ -56,35 +56,61 @@ class KernelCase(NamedTuple):
     """What such a pass reads and writes; 0 when arithmetic, not memory, is what it should be bound by."""
 
 
+class Variant(NamedTuple):
+    """What the kernels are compiled for."""
+
+    head_dim: int
+    group: int
+    """Query heads a KV head."""
+    spec: LayerSpec = LayerSpec()
+    window: int = 0
+    softcap: float = 0.0
+
+
+SMALL = LayerSpec(
+    key=TensorSpec(bits=4, group_size=64, scales="8bit"), value=TensorSpec(bits=2, group_size=64, scales="8bit")
+)
+VARIANTS = {
+    "d128": Variant(128, 4),
+    "d64": Variant(64, 3),
+    "d128-k4v2": Variant(128, 4, SMALL),
+    "d128-window": Variant(128, 4, window=4096, softcap=50.0),
+    "d80": Variant(80, 4),
+    "d256": Variant(256, 4),
+}
+"""By what follows a kernel's name."""
+
+
 def cases(target: str) -> Iterator[KernelCase]:
-    """The kernels as launched for 8 KV heads, shared by 4 query heads of 128 channels or 3 of 64; `packed16`: by 16."""
+    """The kernels as launched for 8 KV heads and blocks of 128 tokens; `packed16`: 16 query heads a KV head."""
     asm = target.startswith("sm_")
     capability = int(target.removeprefix("sm_")) if asm else 0
     narrow = 8 if asm else 16
-    for head_dim, group in ((128, 4), (64, 3)):
-        heads = dict(HEADS=8, GROUP=group, HEAD_DIM=head_dim)
-        tag = f"d{head_dim}"
-        page = PageFormat(head_dim, LayerSpec())
-        page_bytes = page.num_bytes
+    for tag, (head_dim, group, spec, window, softcap) in VARIANTS.items():
+        heads = dict(HEADS=8, GROUP=group)
+        rule = dict(WINDOW=window, SOFTCAP=softcap)
+        block = dict(BLOCK_TILES=4, SINKS=4)
+        page = PageFormat(head_dim, spec)
         shape = page_shape(page)
-        pool = dict(words_ptr="*i16", pairs_ptr="*i32", halves_ptr="*fp16", table_ptr="*i32")
-        partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32")
+        tile_bytes = page.num_bytes // shape.tiles
+        views = dict(bytes_ptr="*u8", words_ptr="*i16", halves_ptr="*fp16")
+        pool = dict(views, pairs_ptr="*i32", table_ptr="*i32")
+        partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32", tail_lens_ptr="*i32")
         for name, members, padded in ((f"packed-{tag}", group, narrow), (f"packed16-{tag}", 16, 16)):
             yield KernelCase(
                 name,
-                triton_decode.packed_attention_fwd_kernel,
+                triton_packed.packed_attention_fwd_kernel,
                 dict(query_ptr="*fp16", **pool, **partial),
-                dict(heads, GROUP=members, PADDED=padded, BLOCK_PAGES=4, SINKS=4, ASM=asm),
-                triton_decode.packed_options(padded, capability),
+                dict(heads, **block, **rule, GROUP=members, PADDED=padded, SHAPE=shape, ASM=asm),
+                triton_packed.packed_options(padded, capability),
                 PAGE,
-                page_bytes,
+                tile_bytes,
             )
-        slots = dict(slots_ptr="*i32", tail_lens_ptr="*i32")
         yield KernelCase(
             f"tail-{tag}",
             triton_decode.tail_attention_fwd_kernel,
-            dict(query_ptr="*fp16", tail_ptr="*fp16", sink_ptr="*fp16", **slots, **partial),
-            dict(heads, PADDED=narrow, TAIL_ROWS=128, SINKS=4),
+            dict(query_ptr="*fp16", tail_ptr="*fp16", sink_ptr="*fp16", slots_ptr="*i32", **partial),
+            dict(heads, **rule, HEAD_DIM=head_dim, PADDED=narrow, TAIL_ROWS=128, SINKS=4),
             triton_decode.TAIL_OPTIONS,
             triton_decode.TAIL_TILE.value,
             triton_decode.TAIL_TILE.value * 2 * head_dim * 2,
@@ -93,27 +119,25 @@ def cases(target: str) -> Iterator[KernelCase]:
             f"merge-{tag}",
             triton_decode.merge_fwd_kernel,
             dict(partial, part_ptr="*fp32", out_ptr="*fp16"),
-            dict(heads, BLOCK_PAGES=4),
+            dict(heads, HEAD_DIM=head_dim, BLOCK_TILES=4, WINDOW=window),
             triton_decode.MERGE_OPTIONS,
         )
         yield KernelCase(
             f"chunk-{tag}",
             triton_chunk.chunk_attention_fwd_kernel,
-            dict(query_ptr="*fp16", key_ptr="*fp16", value_ptr="*fp16", **pool)
-            | dict(sink_ptr="*fp16", out_ptr="*fp16"),
-            dict(GROUP=group, HEAD_DIM=head_dim, BLOCK_PAGES=4, SINKS=4, ASM=asm),
-            triton_chunk.OPTIONS,
+            dict(pool, query_ptr="*fp16", key_ptr="*fp16", value_ptr="*fp16", sink_ptr="*fp16", out_ptr="*fp16"),
+            dict(block, **rule, GROUP=group, SHAPE=shape, ASM=asm),
+            triton_chunk.chunk_options(shape),
             PAGE,
         )
         yield KernelCase(
             f"quantize-{tag}",
             triton_quantize.quantize_fwd_kernel,
-            dict(key_ptr="*fp16", value_ptr="*fp16", bytes_ptr="*u8", words_ptr="*i16")
-            | dict(halves_ptr="*fp16", flag_ptr="*i32"),
-            dict(PAGES=4, SHAPE=shape),
+            dict(views, key_ptr="*fp16", value_ptr="*fp16", flag_ptr="*i32"),
+            dict(PAGES=128 // page.tokens, SHAPE=shape),
             triton_quantize.quantize_options(shape),
-            PAGE,
-            PAGE * 2 * head_dim * 2 + page_bytes,
+            page.tokens,
+            page.tokens * 2 * head_dim * 2 + page.num_bytes,
         )
 
 

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from kvferry.kernels import page
 from kvferry.kernels.packed import DecodeBatch, PackedPrefix
 from kvferry.kernels.page import PageFormat
-from kvferry.kernels.spec import LayerSpec
 from kvferry.kernels.triton_chunk import chunk_attention
 from kvferry.kernels.triton_decode import decode_attention
 from kvferry.kernels.triton_quantize import quantize_block
 
-HEAD_DIMS = range(16, 257, 16)
+HEAD_DIMS = page.HEAD_DIMS
+"""All that a page can hold."""
 MAX_GROUP = 16
 """Query heads a KV head."""
 
@@ -29,7 +30,7 @@ class TritonKernels:
     behind their first two dimensions, block or slot and layer.
     """
 
-    name = "triton/1"
+    name = "triton/2"
 
     def __init__(self) -> None:
         interpreted = knobs.runtime.interpret
@@ -58,7 +59,7 @@ class TritonKernels:
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        _check_heads(query.shape[1], batch.layout.num_kv_heads, query.shape[2])
+        _check_heads(query.shape[1], batch.layout.num_kv_heads)
         return decode_attention(
             query,
             batch,
@@ -83,29 +84,13 @@ class TritonKernels:
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        _check_heads(query.shape[0], keys.shape[0], query.shape[2])
-        _check_plain(prefix.layout.layers[layer].page)
-        _check_rule(window, softcap)
-        return chunk_attention(query, keys, values, prefix, layer=layer, scale=scale, asm=self._asm)
+        _check_heads(query.shape[0], keys.shape[0])
+        return chunk_attention(
+            query, keys, values, prefix, layer=layer, scale=scale, window=window, softcap=softcap, asm=self._asm
+        )
 
 
-def _check_head_dim(head_dim: int) -> None:
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"head_dim {head_dim}: the Triton kernels take {HEAD_DIMS}")
-
-
-def _check_plain(page: PageFormat) -> None:
-    if page.spec != LayerSpec():
-        raise ValueError(f"the Triton kernels do not take {page.spec} yet")
-
-
-def _check_rule(window: int | None, softcap: float | None) -> None:
-    if window is not None or softcap is not None:
-        raise ValueError("the Triton kernels take no sliding window and no soft cap yet")
-
-
-def _check_heads(query_heads: int, kv_heads: int, head_dim: int) -> None:
-    _check_head_dim(head_dim)
+def _check_heads(query_heads: int, kv_heads: int) -> None:
     if query_heads % kv_heads or query_heads // kv_heads > MAX_GROUP:
         raise ValueError(
             f"{query_heads} query heads on {kv_heads} KV heads: the Triton kernels share a KV head "

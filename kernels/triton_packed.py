@@ -424,7 +424,7 @@ def packed_attention_fwd_kernel(
                 value = unpack_planes(value_parts[step // 8], step % 8, step % 2 == 1, ASM)
             elif VALUE.planes > 0:
                 scaled = weights
-                channel, _ = channel_of(column, step, HEAD_DIM, VALUE.planes)
+                channel, exists = channel_of(column, step, HEAD_DIM, VALUE.planes)
                 value = fused_multiply_add(
                     unpack_planes(value_parts[step // 8], step % 8, False, ASM),
                     by_group(scales, channel, step, HEAD_DIM, VALUE),
