@@ -78,7 +78,10 @@ def round_zero(zero, wide_scale, TENSOR: tl.constexpr):
 
 @triton.jit
 def fit_groups(x, valid, TENSOR: tl.constexpr):
-    """Codes (int32 [rows, n]), scale and zero point as stored ([rows]). Twin: `reference.fit_groups`."""
+    """Codes (int32 [rows, n]), scale and zero point as stored ([rows]). Twin: `reference.fit_groups`.
+
+    `valid` is [rows, n], or [1, n] where it is the same for all rows, which saves registers.
+    """
     TOP: tl.constexpr = (1 << TENSOR.bits) - 1
     x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
     weight = valid.to(tl.float32)
@@ -93,7 +96,6 @@ def fit_groups(x, valid, TENSOR: tl.constexpr):
     mean_x = tl.sum(x * weight, axis=1) / count
     deviation = x - mean_x[:, None]
     deviations = tl.sum(deviation * weight, axis=1)
-    mean_c = members  # for the type; set in every step
     for _ in tl.static_range(FIT_STEPS):
         codes = nearest_codes(x, scale, zero, TOP) * weight
         sum_c = tl.sum(codes, axis=1)
@@ -159,7 +161,7 @@ def quantize_keys(
         x = tl.load(page_ptr + token[None, :] * token_stride + channel[:, None], mask=exists[:, None], other=0.0)
         x = x.to(tl.float32)
         flag_not_finite(flag_ptr, x)
-        valid = (first_token + token >= sink_tokens)[None, :] & (channel >= 0)[:, None]
+        valid = (first_token + token >= sink_tokens)[None, :]
         codes, scale, zero = fit_groups(x, valid, KEY)
         store_scales(bytes_ptr, halves_ptr, group * HEAD_DIM + channel, scale, zero, exists, KEY)
         for plane in tl.static_range(PLANES):
