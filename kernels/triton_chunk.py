@@ -57,11 +57,6 @@ def lane_channel(quarter: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def lane_exists(HEAD_DIM: tl.constexpr):
-    return tl.arange(0, num_lanes(HEAD_DIM)) < HEAD_DIM // 4
-
-
-@triton.jit
 def softmax_step(scores, peak, total):
     """Online softmax. Returns weights (fp16), the factor of what was accumulated before, and the new state."""
     new_peak = tl.maximum(peak, tl.max(scores, axis=1))
@@ -193,7 +188,9 @@ def chunk_attention_fwd_kernel(
     row = row_tile * ROW_TILE + tl.arange(0, ROW_TILE)
     position = row // GROUP  # in the chunk
     used = position < n
-    stored = used[:, None] & lane_exists(HEAD_DIM)[None, :]
+    stored = used[:, None]
+    if LANES > HEAD_DIM // 4:
+        stored = stored & (tl.arange(0, LANES) < HEAD_DIM // 4)[None, :]
     offset = ((head * GROUP + row % GROUP) * n + position)[:, None] * HEAD_DIM
     queries = ()
     acc = ()

@@ -6,7 +6,7 @@ The product is transposed, S^T = K q^T and O^T = V^T P^T: words are a tensor-cor
 A dot is 16 deep, and a *step* is one dot: 16 channels. How a step's columns stand for channels depends on the page:
 
 - Words, D > 64: a step is one field of 16 words; 128 channels have 16 words, which is 8 steps. More words are further
-  *parts* of 16; where D/8 is no multiple of 16, columns beyond the last word repeat it, and what they yield is dropped:
+  *parts* of 16; where D/8 is no multiple of 16, columns beyond the last word repeat others, and what they yield is dropped:
   their query is 0 and their values are not stored.
 - Words, D <= 64: 64 channels have 8 words, that is 16 bytes, taken in 4 steps, one a field of a byte: word j stands in
   columns j and j + 8, once for either byte. There the select of a key scale keeps the compiler from unpacking keys in
@@ -100,13 +100,7 @@ def sum_rows(groups: int) -> int:
 @triton.jit
 def word_of(column, part: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The word that stands in a column."""
-    WORDS: tl.constexpr = HEAD_DIM // 8
-    if is_split(HEAD_DIM):
-        return column % WORDS
-    elif (part + 1) * DEPTH <= WORDS:
-        return column + part * DEPTH
-    else:
-        return tl.minimum(column + part * DEPTH, WORDS - 1)
+    return (column + part * DEPTH) % (HEAD_DIM // 8)
 
 
 @triton.jit
@@ -149,10 +143,10 @@ def load_key_words(words_ptr, column, token, HEAD_DIM: tl.constexpr, PLANES: tl.
     high = (byte_of(column, HEAD_DIM) > 0)[None, :]
     parts = ()
     for part in tl.static_range(PARTS):
-        place = word_of(column, part, HEAD_DIM)[None, :] * TILE + token[:, None]
+        pointers = words_ptr + word_of(column, part, HEAD_DIM)[None, :] * TILE + token[:, None]
         planes = ()
         for plane in tl.static_range(PLANES):
-            planes = planes + (load_words(words_ptr + plane * (WORDS * TILE) + place, high, is_split(HEAD_DIM), ASM),)
+            planes = planes + (load_words(pointers + plane * (WORDS * TILE), high, is_split(HEAD_DIM), ASM),)
         parts = parts + (planes,)
     return parts
 
@@ -165,10 +159,10 @@ def load_value_words(words_ptr, column, token, HEAD_DIM: tl.constexpr, PLANES: t
     high = (byte_of(column, HEAD_DIM) > 0)[:, None]
     parts = ()
     for part in tl.static_range(PARTS):
-        place = token[None, :] * WORDS + word_of(column, part, HEAD_DIM)[:, None]
+        pointers = words_ptr + token[None, :] * WORDS + word_of(column, part, HEAD_DIM)[:, None]
         planes = ()
         for plane in tl.static_range(PLANES):
-            planes = planes + (load_words(words_ptr + plane * (WORDS * TILE) + place, high, is_split(HEAD_DIM), ASM),)
+            planes = planes + (load_words(pointers + plane * (WORDS * TILE), high, is_split(HEAD_DIM), ASM),)
         parts = parts + (planes,)
     return parts
 
@@ -186,13 +180,13 @@ def load_key_pairs(words_ptr, pairs_ptr, column, row: tl.constexpr, HEAD_DIM: tl
         part_scales = ()
         part_zeros = ()
         for i in tl.static_range(4):
-            place = row * (HEAD_DIM // 2) + i * WORDS + word
+            begin = row * (HEAD_DIM // 2) + i * WORDS
             if KEY.byte_scales:
-                part_scales = part_scales + (tl.load(words_ptr + KEY.scale // 2 + place),)
-                part_zeros = part_zeros + (tl.load(words_ptr + KEY.zero // 2 + place),)
+                part_scales = part_scales + (tl.load(words_ptr + word + (KEY.scale // 2 + begin)),)
+                part_zeros = part_zeros + (tl.load(words_ptr + word + (KEY.zero // 2 + begin)),)
             else:
-                part_scales = part_scales + (tl.load(pairs_ptr + KEY.scale // 4 + place),)
-                part_zeros = part_zeros + (tl.load(pairs_ptr + KEY.zero // 4 + place),)
+                part_scales = part_scales + (tl.load(pairs_ptr + word + (KEY.scale // 4 + begin)),)
+                part_zeros = part_zeros + (tl.load(pairs_ptr + word + (KEY.zero // 4 + begin)),)
         scales = scales + (part_scales,)
         zeros = zeros + (part_zeros,)
     return scales, zeros
@@ -221,14 +215,12 @@ def key_scales(scales, zeros, high, step: tl.constexpr, HEAD_DIM: tl.constexpr, 
 
 @triton.jit
 def packed_scores(
-    words_ptr, pairs_ptr, tile, queries, column, token,
+    parts, words_ptr, pairs_ptr, queries, column, token,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, KEY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [TILE, PADDED] of one tile of a page; words_ptr and pairs_ptr: the page."""
+    """fp32 [TILE, PADDED] of a tile's words, as `load_key_words` loaded them; words_ptr and pairs_ptr: the page."""
     STEPS: tl.constexpr = num_steps(HEAD_DIM, KEY.planes)
     high = byte_of(column, HEAD_DIM) > 0
-    codes = words_ptr + KEY.codes // 2 + tile * (KEY.planes * HEAD_DIM // 8 * TILE)
-    parts = load_key_words(codes, column, token, HEAD_DIM, KEY.planes, ASM)
     scales, zeros = load_key_pairs(words_ptr, pairs_ptr, column, 0, HEAD_DIM, KEY)
     if KEY.group == KEY_ROW:
         later_scales, later_zeros = load_key_pairs(words_ptr, pairs_ptr, column, 1, HEAD_DIM, KEY)
@@ -285,10 +277,10 @@ def load_summed_scales(bytes_ptr, halves_ptr, tile, token, TILES: tl.constexpr, 
         return tl.where((row < GROUPS)[:, None], scale, zero)
     else:
         # Zero points follow the scales of all tiles.
-        place = tile * (GROUPS * TILE) + row[:, None] * TILE + token[None, :]
+        pointers = halves_ptr + VALUE.scale // 2 + tile * (GROUPS * TILE) + row[:, None] * TILE + token[None, :]
         if TILES > 1:
-            place += tl.where(row >= GROUPS, (TILES - 1) * GROUPS * TILE, 0)[:, None]
-        return tl.load(halves_ptr + VALUE.scale // 2 + place, mask=(row < 2 * GROUPS)[:, None], other=0.0)
+            pointers += tl.where(row >= GROUPS, (TILES - 1) * GROUPS * TILE, 0)[:, None]
+        return tl.load(pointers, mask=(row < 2 * GROUPS)[:, None], other=0.0)
 
 
 @triton.jit
@@ -379,7 +371,10 @@ def packed_attention_fwd_kernel(
         page_pairs = pairs_ptr + units * 4
         page_halves = halves_ptr + units * 8
 
-        # Value scales are fetched with the keys: used late, but from memory they come late too.
+        # What is loaded first is fetched ahead: value scales are used late, but from memory they come late too.
+        if KEY.planes > 0:
+            codes = page_words + KEY.codes // 2 + tile_of_page * (KEY.planes * HEAD_DIM // 8 * TILE)
+            key_parts = load_key_words(codes, column, token, HEAD_DIM, KEY.planes, ASM)
         if VALUE.planes > 0:
             codes = page_words + VALUE.codes // 2 + tile_of_page * (VALUE.planes * HEAD_DIM // 8 * TILE)
             value_parts = load_value_words(codes, column, token, HEAD_DIM, VALUE.planes, ASM)
@@ -389,7 +384,7 @@ def packed_attention_fwd_kernel(
 
         if KEY.planes > 0:
             scores = packed_scores(
-                page_words, page_pairs, tile_of_page, queries, column, token, HEAD_DIM, PADDED, KEY, ASM
+                key_parts, page_words, page_pairs, queries, column, token, HEAD_DIM, PADDED, KEY, ASM
             )
         else:
             keys = page_halves + KEY.codes // 2 + tile_of_page * (TILE * HEAD_DIM)
