@@ -25,7 +25,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvferry.kernels import triton_chunk, triton_decode, triton_packed, triton_quantize
+from kvferry.kernels import triton_chunk, triton_decode, triton_launch, triton_packed, triton_quantize
 from kvferry.kernels.machine_code import (
     TARGETS,
     MachineCode,
@@ -36,6 +36,7 @@ from kvferry.kernels.machine_code import (
 from kvferry.kernels.page import PageFormat
 from kvferry.kernels.roofline import ASSUMED_DEVICES, static_bound
 from kvferry.kernels.spec import PAGE, LayerSpec, TensorSpec
+from kvferry.kernels.triton_launch import Device
 from kvferry.kernels.triton_page import page_shape
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
@@ -83,9 +84,7 @@ VARIANTS = {
 
 def cases(target: str) -> Iterator[KernelCase]:
     """The kernels as launched for 8 KV heads and blocks of 128 tokens; `packed16`: 16 query heads a KV head."""
-    asm = target.startswith("sm_")
-    capability = int(target.removeprefix("sm_")) if asm else 0
-    narrow = 8 if asm else 16
+    device = Device("cuda", int(target.removeprefix("sm_"))) if target.startswith("sm_") else Device("hip", 0)
     for tag, (head_dim, group, spec, window, softcap) in VARIANTS.items():
         heads = dict(HEADS=8, GROUP=group)
         rule = dict(WINDOW=window, SOFTCAP=softcap)
@@ -96,13 +95,13 @@ def cases(target: str) -> Iterator[KernelCase]:
         views = dict(bytes_ptr="*u8", words_ptr="*i16", halves_ptr="*fp16")
         pool = dict(views, pairs_ptr="*i32", table_ptr="*i32")
         partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32", tail_lens_ptr="*i32")
-        for name, members, padded in ((f"packed-{tag}", group, narrow), (f"packed16-{tag}", 16, 16)):
+        for name, members, padded in ((f"packed-{tag}", group, device.narrow), (f"packed16-{tag}", 16, 16)):
             yield KernelCase(
                 name,
                 triton_packed.packed_attention_fwd_kernel,
                 dict(query_ptr="*fp16", **pool, **partial),
-                dict(heads, **block, **rule, GROUP=members, PADDED=padded, SHAPE=shape, ASM=asm),
-                triton_packed.packed_options(padded, capability),
+                dict(heads, **block, **rule, GROUP=members, PADDED=padded, SHAPE=shape, ASM=device.asm),
+                triton_launch.packed_options(device, head_dim, padded),
                 PAGE,
                 tile_bytes,
             )
@@ -110,8 +109,8 @@ def cases(target: str) -> Iterator[KernelCase]:
             f"tail-{tag}",
             triton_decode.tail_attention_fwd_kernel,
             dict(query_ptr="*fp16", tail_ptr="*fp16", sink_ptr="*fp16", slots_ptr="*i32", **partial),
-            dict(heads, **rule, HEAD_DIM=head_dim, PADDED=narrow, TAIL_ROWS=128, SINKS=4),
-            triton_decode.TAIL_OPTIONS,
+            dict(heads, **rule, HEAD_DIM=head_dim, PADDED=device.narrow, TAIL_ROWS=128, SINKS=4),
+            triton_launch.TAIL,
             triton_decode.TAIL_TILE.value,
             triton_decode.TAIL_TILE.value * 2 * head_dim * 2,
         )
@@ -120,14 +119,14 @@ def cases(target: str) -> Iterator[KernelCase]:
             triton_decode.merge_fwd_kernel,
             dict(partial, part_ptr="*fp32", out_ptr="*fp16"),
             dict(heads, HEAD_DIM=head_dim, BLOCK_TILES=4, WINDOW=window),
-            triton_decode.MERGE_OPTIONS,
+            triton_launch.MERGE,
         )
         yield KernelCase(
             f"chunk-{tag}",
             triton_chunk.chunk_attention_fwd_kernel,
             dict(pool, query_ptr="*fp16", key_ptr="*fp16", value_ptr="*fp16", sink_ptr="*fp16", out_ptr="*fp16"),
-            dict(block, **rule, GROUP=group, SHAPE=shape, ASM=asm),
-            triton_chunk.chunk_options(shape),
+            dict(block, **rule, GROUP=group, SHAPE=shape, ASM=device.asm),
+            triton_launch.chunk_options(device, 4 * triton_chunk.num_lanes(head_dim)),
             PAGE,
         )
         yield KernelCase(

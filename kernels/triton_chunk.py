@@ -15,15 +15,14 @@ their order. Its *lanes* are a power of two; lanes beyond D/4 repeat the last ch
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvferry.kernels.packed import PackedPrefix
-from kvferry.kernels.triton_page import UNIT, PageShape, page_shape
+from kvferry.kernels.triton_launch import Device, chunk_options
+from kvferry.kernels.triton_page import UNIT, page_shape
 from kvferry.kernels.triton_pieces import TILE
 from kvferry.kernels.triton_score import LOG2E, LOWEST, log2_scores
 from kvferry.kernels.triton_unpack import fused_multiply_add, load_scales, unpack_planes
@@ -279,12 +278,6 @@ def chunk_attention_fwd_kernel(
         tl.store(out_ptr + offset + lane_channel(i, HEAD_DIM)[None, :], acc[i] / total[:, None], mask=stored)
 
 
-def chunk_options(shape: PageShape) -> dict[str, Any]:
-    """Launch options: queries and sums of 256 channels do not fit the registers of four warps."""
-    warps = 4 if shape.head_dim <= 128 else 8
-    return {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True}
-
-
 def chunk_attention(
     query: Tensor,
     keys: Tensor,
@@ -295,7 +288,7 @@ def chunk_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
-    asm: bool,
+    device: Device,
 ) -> Tensor:
     """`PackedKernels.chunk_attention`. Never synchronizes."""
     heads, n, _ = keys.shape
@@ -324,7 +317,7 @@ def chunk_attention(
         SINKS=prefix.sinks.shape[-2],
         WINDOW=window or 0,
         SOFTCAP=softcap or 0.0,
-        ASM=asm,
-        **chunk_options(shape),
+        ASM=device.asm,
+        **chunk_options(device, 4 * num_lanes(shape.head_dim)),
     )
     return out

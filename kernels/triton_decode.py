@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvferry.kernels.packed import DecodeBatch
-from kvferry.kernels.triton_packed import packed_attention_fwd_kernel, packed_options
+from kvferry.kernels.triton_launch import MERGE, TAIL, Device, packed_options
+from kvferry.kernels.triton_packed import packed_attention_fwd_kernel
 from kvferry.kernels.triton_page import UNIT, page_shape
 from kvferry.kernels.triton_pieces import TILE, first_seen, max_pieces, skipped_tiles, tiles_per_piece
 from kvferry.kernels.triton_score import LOG2E, LOWEST, log2_scores
@@ -29,8 +30,6 @@ from kvferry.kernels.triton_score import LOG2E, LOWEST, log2_scores
 TAIL_TILE = tl.constexpr(64)
 SINK_TILE = tl.constexpr(16)
 MERGE_TILE = tl.constexpr(16)
-TAIL_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-MERGE_OPTIONS = {"num_warps": 2, "num_stages": 2, "enable_fp_fusion": True}
 
 
 @triton.constexpr_function
@@ -201,23 +200,19 @@ def decode_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
-    asm: bool,
-    narrow: int,
-    capability: int,
+    device: Device,
 ) -> Tensor:
-    """`PackedKernels.decode_attention`. Never synchronizes; every launch has a shape fixed by the arguments' shapes.
-
-    `narrow` is the least number of query columns a dot takes on this device: 8 on CUDA, 16 on HIP.
-    """
+    """`PackedKernels.decode_attention`. Never synchronizes; every launch has a shape fixed by the arguments' shapes."""
     rows, query_heads, head_dim = query.shape
     pool = batch.layout.layer_pages(batch.pool, layer)
     heads = pool.shape[1]
     block_tiles = batch.layout.block_size // TILE.value
     sinks = batch.sinks.shape[-2]
     group = query_heads // heads
-    padded = max(narrow, triton.next_power_of_2(group))
-    rule = {"WINDOW": window or 0, "SOFTCAP": softcap or 0.0}
-    pieces = max_pieces(batch.block_tables.shape[1] * block_tiles, rule["WINDOW"])
+    padded = max(device.narrow, triton.next_power_of_2(group))
+    window = window or 0
+    rule = {"WINDOW": window, "SOFTCAP": softcap or 0.0}
+    pieces = max_pieces(batch.block_tables.shape[1] * block_tiles, window)
     query = query.contiguous()
     out = torch.empty_like(query)
     partial = query.new_empty(rows, heads, 1 + pieces, group, head_dim, dtype=torch.float32)
@@ -246,8 +241,8 @@ def decode_attention(
             BLOCK_TILES=block_tiles,
             SINKS=sinks,
             **rule,
-            ASM=asm,
-            **packed_options(padded, capability),
+            ASM=device.asm,
+            **packed_options(device, head_dim, padded),
         )
     tails = batch.tails[:, layer]
     sink_rows = batch.sinks[:, layer]
@@ -271,7 +266,7 @@ def decode_attention(
         TAIL_ROWS=tails.shape[-2],
         SINKS=sinks,
         **rule,
-        **TAIL_OPTIONS,
+        **TAIL,
     )
     merge_fwd_kernel[(query_heads, rows)](
         partial,
@@ -284,7 +279,7 @@ def decode_attention(
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_TILES=block_tiles,
-        WINDOW=rule["WINDOW"],
-        **MERGE_OPTIONS,
+        WINDOW=window,
+        **MERGE,
     )
     return out

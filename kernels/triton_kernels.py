@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton import knobs
 
 from kvferry.kernels import page
 from kvferry.kernels.packed import DecodeBatch, PackedPrefix
 from kvferry.kernels.page import PageFormat
 from kvferry.kernels.triton_chunk import chunk_attention
 from kvferry.kernels.triton_decode import decode_attention
+from kvferry.kernels.triton_launch import current_device
 from kvferry.kernels.triton_quantize import quantize_block
 
 HEAD_DIMS = page.HEAD_DIMS
@@ -33,13 +33,7 @@ class TritonKernels:
     name = "triton/2"
 
     def __init__(self) -> None:
-        interpreted = knobs.runtime.interpret
-        self._asm = not interpreted and torch.version.hip is None
-        self._narrow = 8 if torch.version.hip is None else 16
-        self._capability = 0
-        if self._asm and torch.cuda.is_available():
-            major, minor = torch.cuda.get_device_capability()
-            self._capability = 10 * major + minor
+        self._device = current_device()
 
     def quantize_block(self, keys: Tensor, values: Tensor, page: PageFormat, *, sink_tokens: int, out: Tensor) -> None:
         if keys.stride(-1) != 1 or values.stride(-1) != 1 or not out.is_contiguous():
@@ -67,9 +61,7 @@ class TritonKernels:
             scale=scale,
             window=window,
             softcap=softcap,
-            asm=self._asm,
-            narrow=self._narrow,
-            capability=self._capability,
+            device=self._device,
         )
 
     def chunk_attention(
@@ -86,7 +78,7 @@ class TritonKernels:
     ) -> Tensor:
         _check_heads(query.shape[0], keys.shape[0])
         return chunk_attention(
-            query, keys, values, prefix, layer=layer, scale=scale, window=window, softcap=softcap, asm=self._asm
+            query, keys, values, prefix, layer=layer, scale=scale, window=window, softcap=softcap, device=self._device
         )
 
 

@@ -6,8 +6,8 @@ The product is transposed, S^T = K q^T and O^T = V^T P^T: words are a tensor-cor
 A dot is 16 deep, and a *step* is one dot: 16 channels. How a step's columns stand for channels depends on the page:
 
 - Words, D > 64: a step is one field of 16 words; 128 channels have 16 words, which is 8 steps. More words are further
-  *parts* of 16; where D/8 is no multiple of 16, columns beyond the last word repeat others, and what they yield is dropped:
-  their query is 0 and their values are not stored.
+  *parts* of 16; where D/8 is no multiple of 16, columns beyond the last word repeat others, and what they yield is
+  dropped: their query is 0 and their values are not stored.
 - Words, D <= 64: 64 channels have 8 words, that is 16 bytes, taken in 4 steps, one a field of a byte: word j stands in
   columns j and j + 8, once for either byte. There the select of a key scale keeps the compiler from unpacking keys in
   place: they do pass through shared memory.
@@ -20,8 +20,6 @@ A dot is 16 deep, and a *step* is one dot: 16 channels. How a step's columns sta
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -76,12 +74,14 @@ def step_groups(step: int, head_dim: int, group: int) -> tuple[int, int]:
 
 @triton.constexpr_function
 def first_group(step: int, head_dim: int, group: int) -> int:
-    return step_groups(step, head_dim, group)[0]
+    first, _ = step_groups(step, head_dim, group)
+    return int(first)
 
 
 @triton.constexpr_function
 def last_group(step: int, head_dim: int, group: int) -> int:
-    return step_groups(step, head_dim, group)[1]
+    _, last = step_groups(step, head_dim, group)
+    return int(last)
 
 
 @triton.constexpr_function
@@ -182,8 +182,8 @@ def load_key_pairs(words_ptr, pairs_ptr, column, row: tl.constexpr, HEAD_DIM: tl
         for i in tl.static_range(4):
             begin = row * (HEAD_DIM // 2) + i * WORDS
             if KEY.byte_scales:
-                part_scales = part_scales + (tl.load(words_ptr + word + (KEY.scale // 2 + begin)),)
-                part_zeros = part_zeros + (tl.load(words_ptr + word + (KEY.zero // 2 + begin)),)
+                part_scales = part_scales + (tl.load(words_ptr + (KEY.scale // 2 + begin) + word),)
+                part_zeros = part_zeros + (tl.load(words_ptr + (KEY.zero // 2 + begin) + word),)
             else:
                 part_scales = part_scales + (tl.load(pairs_ptr + word + (KEY.scale // 4 + begin)),)
                 part_zeros = part_zeros + (tl.load(pairs_ptr + word + (KEY.zero // 4 + begin)),)
@@ -239,9 +239,7 @@ def packed_scores(
 
 
 @triton.jit
-def half_scores(
-    halves_ptr, queries, column, token, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr
-):
+def half_scores(halves_ptr, queries, column, token, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
     """fp32 [TILE, PADDED] of fp16 keys [TILE, D]."""
     STEPS: tl.constexpr = num_steps(HEAD_DIM, 0)
     scores = tl.zeros([TILE, PADDED], tl.float32)
@@ -252,9 +250,7 @@ def half_scores(
 
 
 @triton.jit
-def load_group_scales(
-    bytes_ptr, halves_ptr, tile, token, VALUE: tl.constexpr, ASM: tl.constexpr
-):
+def load_group_scales(bytes_ptr, halves_ptr, tile, token, VALUE: tl.constexpr, ASM: tl.constexpr):
     """Two tuples over value groups of fp16 [TILE]: S and Z."""
     GROUPS: tl.constexpr = VALUE.groups
     scales = ()
@@ -452,17 +448,3 @@ def packed_attention_fwd_kernel(
             mask=used[None, :] & exists[:, None],
         )
     tl.store(lse_ptr + part, peak + tl.log2(total), mask=used)
-
-
-PACKED_OPTIONS = {"num_warps": 1, "num_stages": 3, "enable_fp_fusion": True}
-"""One warp a program: more repeat the unpacking. Three stages: the block table is fetched ahead of the pages."""
-SM_80_REGISTERS = 168
-"""On sm_80 alone ptxas takes 254 registers, which is 8 warps a multiprocessor, where 168 (12 warps) do without a spill,
-up to 8 query heads a KV head."""
-
-
-def packed_options(padded: int, capability: int) -> dict[str, Any]:
-    """Launch options of `packed_attention_fwd_kernel`; `capability` is 80 for sm_80, 0 for what is not CUDA."""
-    if capability == 80 and padded <= 8:
-        return PACKED_OPTIONS | {"maxnreg": SM_80_REGISTERS}
-    return PACKED_OPTIONS

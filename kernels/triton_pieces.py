@@ -48,5 +48,5 @@ def skipped_tiles(num_tiles, seen, WINDOW: tl.constexpr):
 def max_pieces(num_tiles: int, window: int) -> int:
     """Pieces of a context of at most `num_tiles` tiles: a launch must have as many. A window of 0 is none."""
     if window:
-        num_tiles = min(num_tiles, triton.cdiv(window, TILE.value) + 1)
-    return min(MAX_PIECES.value, triton.cdiv(num_tiles, MIN_PIECE.value))
+        num_tiles = min(num_tiles, -(-window // PAGE) + 1)
+    return min(int(MAX_PIECES.value), -(-num_tiles // int(MIN_PIECE.value)))

@@ -298,9 +298,7 @@ def quantize_fwd_kernel(
                 value_ptr, value_token_stride, first, sink_tokens, halves_ptr + SHAPE.values.codes // 2, flag_ptr, SHAPE
             )
         else:
-            quantize_values(
-                value_ptr, value_token_stride, first, sink_tokens, bytes_ptr, halves_ptr, flag_ptr, SHAPE
-            )
+            quantize_values(value_ptr, value_token_stride, first, sink_tokens, bytes_ptr, halves_ptr, flag_ptr, SHAPE)
 
 
 def quantize_options(shape: PageShape) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Packed words to numbers on a GPU: what every Triton kernel that reads a page is built from.
 
 A plane of a token's codes is D/8 words of 16 bits (page.py). *Field* f of word j, its bits 2 f and 2 f + 1, belongs to
-channel `(f % 4) * D/4 + 2 j + f // 4`. One field of a tile of words is a tile of fp16 numbers that a tensor core takes as it
-is, and codes never become integers: `word << s & 0x0300 | 0x3C00` is the fp16 number 1 + code/4, which the folded scale
-and zero point turn into the value by one fused multiply-add. Further planes cost another one each: 4 * high + low is
-exact in fp16 (`scales.py`: u = F + code/4). Byte scales become fp16 numbers in the same way, by shifts and masks.
+channel `(f % 4) * D/4 + 2 j + f // 4`. One field of a tile of words is a tile of fp16 numbers that a tensor core takes
+as it is, and codes never become integers: `word << s & 0x0300 | 0x3C00` is the fp16 number 1 + code/4, which the folded
+scale and zero point turn into the value by one fused multiply-add. Further planes cost another one each: 4 * high + low
+is exact in fp16 (`scales.py`: u = F + code/4). Byte scales become fp16 numbers in the same way, by shifts and masks.
 
 `ASM` picks inline PTX: one shift and one LOP3 for two codes. Without it the same bits come from plain operations, for
 Triton's interpreter and for HIP.

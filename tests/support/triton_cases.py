@@ -65,7 +65,9 @@ def quantize_both(
 
 def assert_same_pages(got: Tensor, wanted: Tensor, page: PageFormat) -> None:
     """Equal but for ties: sums are taken in another order, which may move a scale or a zero point by its last bit."""
-    for side, tensor, a, b in zip("KV", (page.spec.key, page.spec.value), page.split(got), page.split(wanted), strict=True):
+    for side, tensor, a, b in zip(
+        "KV", (page.spec.key, page.spec.value), page.split(got), page.split(wanted), strict=True
+    ):
         if not isinstance(a, Packed) or not isinstance(b, Packed):
             assert isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b), side
             continue
@@ -74,7 +76,7 @@ def assert_same_pages(got: Tensor, wanted: Tensor, page: PageFormat) -> None:
             limit = 1e-3 * 4 ** (tensor.bits // 2 - 1) if name == "codes" else 1e-2
             assert differ <= limit, f"{side} {name}: {differ:.2%} differ"
             if name != "codes" and tensor.scales == "fp16":
-                torch.testing.assert_close(x, y, rtol=2e-3, atol=0.0, msg=lambda m, n=name: f"{side} {n}: {m}")
+                torch.testing.assert_close(x, y, rtol=2e-3, atol=0.0, msg=lambda m, at=f"{side} {name}": f"{at}: {m}")
 
 
 def check_quantize(
@@ -133,9 +135,7 @@ def check_quantize_refuses(device: torch.device, *, bad: float, in_keys: bool, f
 # Decode
 
 
-def make_layout(
-    head_dim: int, heads: int, *, form: str = PLAIN, block_size: int = 32, sinks: int = 4
-) -> BlockLayout:
+def make_layout(head_dim: int, heads: int, *, form: str = PLAIN, block_size: int = 32, sinks: int = 4) -> BlockLayout:
     """Two layers, of which the second, `LAYER`, has the format."""
     spec = KVQuantSpec(block_size=block_size, sink_tokens=sinks, overrides=((LAYER, layer_spec(form)),))
     return BlockLayout(num_layers=2, num_kv_heads=heads, head_dim=head_dim, spec=spec)
@@ -207,7 +207,10 @@ class Rule(NamedTuple):
     softcap: float | None = None
 
 
-def decode(query: Tensor, batch: DecodeBatch, device: torch.device, rule: Rule = Rule()) -> Tensor:
+NO_RULE = Rule()
+
+
+def decode(query: Tensor, batch: DecodeBatch, device: torch.device, rule: Rule = NO_RULE) -> Tensor:
     result = triton_kernels().decode_attention(
         query.to(device), on_device(batch, device), layer=LAYER, scale=query.shape[-1] ** -0.5, **rule._asdict()
     )
@@ -228,7 +231,7 @@ def check_decode(
     contexts: list[tuple[list[int], int]] | None = None,
     key_factor: float = 1.0,
     value_factor: float = 1.0,
-    rule: Rule = Rule(),
+    rule: Rule = NO_RULE,
 ) -> None:
     layout = make_layout(head_dim, heads, form=form, block_size=block_size, sinks=sinks)
     contexts = contexts or [([2, 0, 3], 5), ([1], block_size), ([], 1)]
@@ -258,7 +261,7 @@ def small_pieces() -> Iterator[None]:
         triton_pieces.MIN_PIECE, triton_pieces.MAX_PIECES = old
 
 
-def check_pieces_grow(device: torch.device, *, rule: Rule = Rule()) -> None:
+def check_pieces_grow(device: torch.device, *, rule: Rule = NO_RULE) -> None:
     """Contexts beyond the most pieces, with fewer pieces than the kernels are built for."""
     with small_pieces():
         contexts = [(list(range(5)), 3), ([5, 6], 1), ([7], 1)]
@@ -276,7 +279,7 @@ def check_window_skips(device: torch.device) -> None:
     assert torch.equal(decode(query, batch, device, rule), wanted)
 
 
-def check_decode_alone(device: torch.device, *, rule: Rule = Rule()) -> None:
+def check_decode_alone(device: torch.device, *, rule: Rule = NO_RULE) -> None:
     """A sequence has the same bits alone, in a narrow block table, as in a batch."""
     layout = make_layout(64, 1)
     batch = make_batch(layout, [([3, 1], 7), (list(range(10)), 2), ([], 4)])
@@ -306,7 +309,7 @@ def run_chunk(
     table: list[int],
     rows: int,
     form: str = PLAIN,
-    rule: Rule = Rule(),
+    rule: Rule = NO_RULE,
 ) -> tuple[Tensor, Tensor]:
     """Result of the first `rows` tokens of a chunk of n, and the reference's."""
     layout = make_layout(head_dim, 2, form=form, block_size=64)
@@ -330,7 +333,7 @@ def check_chunk(device: torch.device, *, n: int, **options: Any) -> None:
     torch.testing.assert_close(got, wanted, rtol=0.0, atol=TOLERANCE * wanted.abs().max().item())
 
 
-def check_chunk_prefix(device: torch.device, *, rule: Rule = Rule()) -> None:
+def check_chunk_prefix(device: torch.device, *, rule: Rule = NO_RULE) -> None:
     """The first tokens of a chunk have the same bits however long the chunk is."""
     long, _ = run_chunk(device, head_dim=64, group=3, n=40, table=[1], rows=40, rule=rule)
     short, _ = run_chunk(device, head_dim=64, group=3, n=40, table=[1], rows=9, rule=rule)
@@ -353,7 +356,12 @@ FORMS = {
     "k2g64-v16": "2/64/8bit 16",
     "k16-v16": "16 16",
 }
-HEAD_DIMS = {80: "2/32/fp16 2/32/8bit", 96: "4/16/8bit 2/64/fp16", 256: "2/64/8bit 4/32/8bit", 48: "2/32/8bit 4/16/fp16"}
+HEAD_DIMS = {
+    80: "2/32/fp16 2/32/8bit",
+    96: "4/16/8bit 2/64/fp16",
+    256: "2/64/8bit 4/32/8bit",
+    48: "2/32/8bit 4/16/fp16",
+}
 """Head dimensions other than 64 and 128, each in a format."""
 
 CASES: dict[str, Callable[[torch.device], None]] = {
@@ -363,7 +371,10 @@ CASES: dict[str, Callable[[torch.device], None]] = {
     "quantize-d128-sinks": partial(check_quantize, head_dim=128, sink_tokens=4),
     "quantize-huge-values": partial(check_quantize, head_dim=64, factor=8000.0),
     "quantize-tiny-values": partial(check_quantize, head_dim=64, factor=1e-6),
-    **{f"quantize-{name}": partial(check_quantize, head_dim=64, form=form, sink_tokens=4) for name, form in FORMS.items()},
+    **{
+        f"quantize-{name}": partial(check_quantize, head_dim=64, form=form, sink_tokens=4)
+        for name, form in FORMS.items()
+    },
     **{
         f"quantize-d{head_dim}": partial(check_quantize, head_dim=head_dim, form=form, heads=1)
         for head_dim, form in HEAD_DIMS.items()
@@ -398,19 +409,19 @@ CASES: dict[str, Callable[[torch.device], None]] = {
     "decode-same-bits-alone": check_decode_alone,
     **{
         f"decode-{name}-d{head_dim}": partial(
-            check_decode, head_dim=head_dim, group=2, form=form, heads=2, block_size=64, contexts=[([1, 0], 3)]
+            check_decode, head_dim=head_dim, group=2, form=form, heads=2, block_size=64, contexts=[(table, 3)]
         )
-        for head_dim in (64, 128)
+        for head_dim, table in ((64, [1, 0]), (128, [1]))
         for name, form in FORMS.items()
     },
     **{
         f"decode-d{head_dim}-group3": partial(
-            check_decode, head_dim=head_dim, group=3, form=form, heads=2, block_size=64, contexts=[([1], 5)]
+            check_decode, head_dim=head_dim, group=3, form=form, block_size=64, contexts=[([1], 5)]
         )
         for head_dim, form in HEAD_DIMS.items()
     },
     **{
-        f"decode-d{head_dim}-plain": partial(check_decode, head_dim=head_dim, group=1, heads=2, contexts=[([1, 0], 5)])
+        f"decode-d{head_dim}-plain": partial(check_decode, head_dim=head_dim, group=1, contexts=[([1, 0], 5)])
         for head_dim in HEAD_DIMS
     },
     "decode-d144-fp16": partial(check_decode, head_dim=144, group=1, form="16 16", contexts=[([0], 5)]),
