@@ -62,6 +62,12 @@ def num_steps(head_dim: int, planes: int) -> int:
 
 
 @triton.constexpr_function
+def shares_shift(step: int) -> bool:
+    """Whether a step's field is unpacked to u + 3 F, because it then shares a shift with the next field."""
+    return step % 2 == 1 and step % 8 != 7
+
+
+@triton.constexpr_function
 def step_groups(step: int, head_dim: int, group: int) -> tuple[int, int]:
     """First and last value group of a step's channels."""
     quarter, words = head_dim // 4, head_dim // 8
@@ -232,7 +238,10 @@ def packed_scores(
             later_scale, later_zero = key_scales(later_scales, later_zeros, high, step, HEAD_DIM, KEY, ASM)
             scale = tl.where(is_later, later_scale, scale)
             zero = tl.where(is_later, later_zero, zero)
-        unit = unpack_planes(parts[step // 8], step % 8, False, ASM)
+        # Z - 3 F S is rounded to fp16: with F of more than 2 bits that would be too coarse.
+        unit = unpack_planes(parts[step // 8], step % 8, KEY.planes == 1 and shares_shift(step), ASM)
+        if KEY.planes == 1 and shares_shift(step):
+            zero = zero - scale * (3.0 * KEY.offset)
         key = fused_multiply_add(unit, scale, zero, ASM)
         scores = tl.dot(key, queries[step], scores)
     return scores
@@ -403,8 +412,7 @@ def packed_attention_fwd_kernel(
         peak = new_peak
 
         # sum_t w (S u + Z) = sum_t (w S) u + sum_t w Z: the scale goes into the weights, and the zero point into a dot
-        # of its own that is added at the end. That dot also sums w S: odd fields, unpacked to u' = F + code/16 =
-        # (u + 3 F) / 4 because they then share a shift with the next field, need it.
+        # of its own that is added at the end. That dot also sums w S, for the steps that unpack to u + 3 F.
         weights = weights.to(tl.float16)
         if FOLD_SCALES:
             acc_sums = tl.dot(summed, weights, acc_sums * decay[None, :])
@@ -412,7 +420,7 @@ def packed_attention_fwd_kernel(
         for step in tl.static_range(STEPS):
             if FOLD_SCALES:
                 scaled = weights * scales[first_group(step, HEAD_DIM, VALUE.group)][:, None]
-                value = unpack_planes(value_parts[step // 8], step % 8, step % 2 == 1, ASM)
+                value = unpack_planes(value_parts[step // 8], step % 8, shares_shift(step), ASM)
             elif VALUE.planes > 0:
                 scaled = weights
                 channel, exists = channel_of(column, step, HEAD_DIM, VALUE.planes)
@@ -437,9 +445,9 @@ def packed_attention_fwd_kernel(
             sum_row = tl.arange(0, sum_rows(VALUE.groups))
             group = first_group(step, HEAD_DIM, VALUE.group)
             zero = tl.sum(tl.where((sum_row == VALUE.groups + group)[:, None], acc_sums, 0.0), axis=0)
-            if step % 2 == 1:
+            if shares_shift(step):
                 scale = tl.sum(tl.where((sum_row == group)[:, None], acc_sums, 0.0), axis=0)
-                value = 4.0 * value - (3.0 * VALUE.offset) * scale[None, :]
+                value -= (3.0 * VALUE.offset) * scale[None, :]
             value += zero[None, :]
         channel, exists = channel_of(column, step, HEAD_DIM, VALUE.planes)
         tl.store(

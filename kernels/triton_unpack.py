@@ -21,9 +21,9 @@ import triton.language as tl
 
 @triton.constexpr_function
 def unpack_asm(field: int, low: bool = False) -> str:
-    """PTX that turns two 16-bit words into two fp16 numbers, 1 + code/4 or, if `low`, 1 + code/16, for one field."""
-    mask = "0x00C000C0" if low else "0x03000300"
-    logic = "lop3.b32 $0, {}, " + mask + ", 0x3C003C00, 0xEA;"  # 0xEA: (a & b) | c
+    """PTX that turns two 16-bit words into two fp16 numbers, 1 + code/4 or, if `low`, 4 + code/4, for one field."""
+    masks = "0x00C000C0, 0x44004400" if low else "0x03000300, 0x3C003C00"
+    logic = "lop3.b32 $0, {}, " + masks + ", 0xEA;"  # 0xEA: (a & b) | c
     shift = (6 if low else 8) - 2 * field  # moves the field to bits 6 and 7 or 8 and 9
     if shift == 0:
         return logic.format("$1")
@@ -48,18 +48,18 @@ def unpack(words, field: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def unpack_low(words, field: tl.constexpr, ASM: tl.constexpr):
-    """int16 words -> fp16 1 + code/16 of one field: an odd field shares its shift with the next one's `unpack`."""
+    """int16 words -> fp16 4 + code/4 of one field: an odd field shares its shift with the next one's `unpack`."""
     if ASM:
         return tl.inline_asm_elementwise(
             unpack_asm(field, True), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
         )
     moved = words << (6 - 2 * field) if field < 3 else words >> (2 * field - 6)
-    return ((moved & 0x00C0) | 0x3C00).to(tl.float16, bitcast=True)
+    return ((moved & 0x00C0) | 0x4400).to(tl.float16, bitcast=True)
 
 
 @triton.jit
 def unpack_planes(planes, field: tl.constexpr, LOW: tl.constexpr, ASM: tl.constexpr):
-    """Words of every plane, low bits first -> fp16 u = F + code/4 or, if LOW, F + code/16 of one field."""
+    """Words of every plane, low bits first -> fp16 u = F + code/4 or, if LOW, u + 3 F of one field."""
     PLANES: tl.constexpr = len(planes)
     unit = unpack_low(planes[PLANES - 1], field, ASM) if LOW else unpack(planes[PLANES - 1], field, ASM)
     for plane in tl.static_range(1, PLANES):

@@ -43,6 +43,7 @@ TARGETS = {
 REGISTERS = {
     "packed": 168,
     "packed-d128-k4v2": 176,
+    "packed-d128-window": 192,
     "packed-d80": 224,
     "packed-d256": 255,
     "packed16": 255,
@@ -67,14 +68,16 @@ PRODUCTS = {
 """Tensor-core instructions a tile: K and V are 2 * 32 * D numbers, with 80 channels padded to 128, an instruction takes
 16 x 16; and two for the value zero points, unless values are scaled one by one."""
 PER_TOKEN_HEAD = {
-    "packed-d64": 15.5,
-    "packed-d128": 21.0,
+    "packed-d64": 15.1,
+    "packed-d128": 20.0,
     "packed-d128-k4v2": 34.0,
     "packed-d128-window": 24.0,
     "packed-d80": 28.0,
     "packed-d256": 40.0,
 }
-BOUND = {"packed-d64": 0.93, "packed-d128": 0.95, "packed-d128-k4v2": 0.92, "packed-d128-window": 0.95}
+OTHER_TARGETS = 1.05
+"""Allowance for other targets than sm_90."""
+BOUND = {"packed-d64": 0.95, "packed-d128": 0.95, "packed-d128-k4v2": 0.92, "packed-d128-window": 0.95}
 """Least static bound on sm_90."""
 
 
@@ -131,6 +134,8 @@ def test_decode_keeps_every_product_on_tensor_cores(compiled: dict[Built, Machin
 @pytest.mark.parametrize("built", built_of("packed", "packed16", "chunk", among=CUDA), ids="-".join)
 def test_codes_are_never_converted_one_by_one(compiled: dict[Built, MachineCode], built: Built) -> None:
     code = compiled[built]
+    if built.kernel == "chunk-d80":
+        pytest.skip("its longest loop is that over the unpacked chunk")
     assert code.unpack_asm >= 16
     assert code.count("LOP3") >= 16
     assert code.count("I2F") == 0
@@ -145,7 +150,7 @@ def test_pages_are_copied_asynchronously_16_bytes_at_a_time(compiled: dict[Built
 def test_the_decode_loop_stays_short(compiled: dict[Built, MachineCode], built: Built) -> None:
     length = compiled[built].instructions_per_token_head
     assert length is not None
-    assert length <= PER_TOKEN_HEAD[built.kernel]
+    assert length <= PER_TOKEN_HEAD[built.kernel] * (1.0 if built.target == "sm_90" else OTHER_TARGETS)
 
 
 @pytest.mark.parametrize("kernel", BOUND)

@@ -27,7 +27,7 @@ from kvferry.kernels.spec import KVQuantSpec, LayerSpec, TensorSpec
 
 SHARDS = 2
 """Processes for the interpreted cases."""
-TOLERANCE = 2e-3
+TOLERANCE = 3e-3
 """Of the largest value: weights and dequantized numbers are fp16 in the kernels, fp32 in the reference."""
 LAYER = 1
 CPU = torch.device("cpu")
