@@ -80,6 +80,8 @@ VARIANTS = {
     "d256": Variant(256, 4),
 }
 """By what follows a kernel's name."""
+BASIC = ("d128", "d64")
+"""Those for which every kernel is compiled; for the others, what differs most: packed, chunk and quantize."""
 
 
 def cases(target: str) -> Iterator[KernelCase]:
@@ -96,6 +98,8 @@ def cases(target: str) -> Iterator[KernelCase]:
         pool = dict(views, pairs_ptr="*i32", table_ptr="*i32")
         partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32", tail_lens_ptr="*i32")
         for name, members, padded in ((f"packed-{tag}", group, device.narrow), (f"packed16-{tag}", 16, 16)):
+            if members != group and tag not in BASIC:
+                continue
             yield KernelCase(
                 name,
                 triton_packed.packed_attention_fwd_kernel,
@@ -105,22 +109,6 @@ def cases(target: str) -> Iterator[KernelCase]:
                 PAGE,
                 tile_bytes,
             )
-        yield KernelCase(
-            f"tail-{tag}",
-            triton_decode.tail_attention_fwd_kernel,
-            dict(query_ptr="*fp16", tail_ptr="*fp16", sink_ptr="*fp16", slots_ptr="*i32", **partial),
-            dict(heads, **rule, HEAD_DIM=head_dim, PADDED=device.narrow, TAIL_ROWS=128, SINKS=4),
-            triton_launch.TAIL,
-            triton_decode.TAIL_TILE.value,
-            triton_decode.TAIL_TILE.value * 2 * head_dim * 2,
-        )
-        yield KernelCase(
-            f"merge-{tag}",
-            triton_decode.merge_fwd_kernel,
-            dict(partial, part_ptr="*fp32", out_ptr="*fp16"),
-            dict(heads, HEAD_DIM=head_dim, BLOCK_TILES=4, WINDOW=window),
-            triton_launch.MERGE,
-        )
         yield KernelCase(
             f"chunk-{tag}",
             triton_chunk.chunk_attention_fwd_kernel,
@@ -137,6 +125,24 @@ def cases(target: str) -> Iterator[KernelCase]:
             triton_quantize.quantize_options(shape),
             page.tokens,
             page.tokens * 2 * head_dim * 2 + page.num_bytes,
+        )
+        if tag not in BASIC:
+            continue
+        yield KernelCase(
+            f"tail-{tag}",
+            triton_decode.tail_attention_fwd_kernel,
+            dict(query_ptr="*fp16", tail_ptr="*fp16", sink_ptr="*fp16", slots_ptr="*i32", **partial),
+            dict(heads, **rule, HEAD_DIM=head_dim, PADDED=device.narrow, TAIL_ROWS=128, SINKS=4),
+            triton_launch.TAIL,
+            triton_decode.TAIL_TILE.value,
+            triton_decode.TAIL_TILE.value * 2 * head_dim * 2,
+        )
+        yield KernelCase(
+            f"merge-{tag}",
+            triton_decode.merge_fwd_kernel,
+            dict(partial, part_ptr="*fp32", out_ptr="*fp16"),
+            dict(heads, HEAD_DIM=head_dim, BLOCK_TILES=4, WINDOW=window),
+            triton_launch.MERGE,
         )
 
 
