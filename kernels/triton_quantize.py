@@ -32,6 +32,8 @@ ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding and subtracting it rounds a small fp32 number to the nearest integer, ties to even."""
 VALUES_PER_WARP = 1024
 """Of a tile; a thread has several fp32 copies of its share."""
+MAX_WARPS = 8
+"""More leave a thread of CUDA fewer registers than ptxas needs without a spill."""
 
 
 @triton.constexpr_function
@@ -305,7 +307,8 @@ def quantize_options(shape: PageShape) -> dict[str, Any]:
     """Launch options. No fused multiply-add: the reference has none."""
     keys = power_of_two(shape.head_dim) * (shape.keys.group if shape.keys.planes else TILE_TOKENS)
     values = power_of_two(shape.head_dim) * TILE_TOKENS
-    return {"num_warps": max(4, max(keys, values) // VALUES_PER_WARP), "num_stages": 1, "enable_fp_fusion": False}
+    warps = min(max(4, max(keys, values) // VALUES_PER_WARP), MAX_WARPS)
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def quantize_block(
