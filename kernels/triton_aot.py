@@ -25,7 +25,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvferry.kernels import triton_chunk, triton_decode, triton_quantize
+from kvferry.kernels import triton_chunk, triton_decode, triton_launch, triton_packed, triton_quantize
 from kvferry.kernels.machine_code import (
     TARGETS,
     MachineCode,
@@ -35,7 +35,9 @@ from kvferry.kernels.machine_code import (
 )
 from kvferry.kernels.page import PageFormat
 from kvferry.kernels.roofline import ASSUMED_DEVICES, static_bound
-from kvferry.kernels.spec import PAGE, LayerSpec
+from kvferry.kernels.spec import PAGE, LayerSpec, TensorSpec
+from kvferry.kernels.triton_launch import Device
+from kvferry.kernels.triton_page import page_shape
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 
@@ -55,34 +57,83 @@ class KernelCase(NamedTuple):
     """What such a pass reads and writes; 0 when arithmetic, not memory, is what it should be bound by."""
 
 
+class Variant(NamedTuple):
+    """What the kernels are compiled for."""
+
+    head_dim: int
+    group: int
+    """Query heads a KV head."""
+    spec: LayerSpec = LayerSpec()
+    window: int = 0
+    softcap: float = 0.0
+
+
+SMALL = LayerSpec(
+    key=TensorSpec(bits=4, group_size=64, scales="8bit"), value=TensorSpec(bits=2, group_size=64, scales="8bit")
+)
+VARIANTS = {
+    "d128": Variant(128, 4),
+    "d64": Variant(64, 3),
+    "d128-k4v2": Variant(128, 4, SMALL),
+    "d128-window": Variant(128, 4, window=4096, softcap=50.0),
+    "d80": Variant(80, 4),
+    "d256": Variant(256, 4),
+}
+"""By what follows a kernel's name."""
+BASIC = ("d128", "d64")
+"""Those for which every kernel is compiled; for the others, what differs most: packed, chunk and quantize."""
+
+
 def cases(target: str) -> Iterator[KernelCase]:
-    """The kernels as launched for 8 KV heads, shared by 4 query heads of 128 channels or 3 of 64; `packed16`: by 16."""
-    asm = target.startswith("sm_")
-    capability = int(target.removeprefix("sm_")) if asm else 0
-    narrow = 8 if asm else 16
-    for head_dim, group in ((128, 4), (64, 3)):
-        heads = dict(HEADS=8, GROUP=group, HEAD_DIM=head_dim)
-        tag = f"d{head_dim}"
-        page_bytes = PageFormat(head_dim, LayerSpec()).num_bytes
-        pool = dict(words_ptr="*i16", pairs_ptr="*i32", halves_ptr="*fp16", table_ptr="*i32")
-        partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32")
-        for name, members, padded in ((f"packed-{tag}", group, narrow), (f"packed16-{tag}", 16, 16)):
+    """The kernels as launched for 8 KV heads and blocks of 128 tokens; `packed16`: 16 query heads a KV head."""
+    device = Device("cuda", int(target.removeprefix("sm_"))) if target.startswith("sm_") else Device("hip", 0)
+    for tag, (head_dim, group, spec, window, softcap) in VARIANTS.items():
+        heads = dict(HEADS=8, GROUP=group)
+        rule = dict(WINDOW=window, SOFTCAP=softcap)
+        block = dict(BLOCK_TILES=4, SINKS=4)
+        page = PageFormat(head_dim, spec)
+        shape = page_shape(page)
+        tile_bytes = page.num_bytes // shape.tiles
+        views = dict(bytes_ptr="*u8", words_ptr="*i16", halves_ptr="*fp16")
+        pool = dict(views, pairs_ptr="*i32", table_ptr="*i32")
+        partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32", tail_lens_ptr="*i32")
+        for name, members, padded in ((f"packed-{tag}", group, device.narrow), (f"packed16-{tag}", 16, 16)):
+            if members != group and tag not in BASIC:
+                continue
             yield KernelCase(
                 name,
-                triton_decode.packed_attention_fwd_kernel,
+                triton_packed.packed_attention_fwd_kernel,
                 dict(query_ptr="*fp16", **pool, **partial),
-                dict(heads, GROUP=members, PADDED=padded, BLOCK_PAGES=4, SINKS=4, ASM=asm),
-                triton_decode.packed_options(padded, capability),
+                dict(heads, **block, **rule, GROUP=members, PADDED=padded, SHAPE=shape, ASM=device.asm),
+                triton_launch.packed_options(device, head_dim, padded),
                 PAGE,
-                page_bytes,
+                tile_bytes,
             )
-        slots = dict(slots_ptr="*i32", tail_lens_ptr="*i32")
+        yield KernelCase(
+            f"chunk-{tag}",
+            triton_chunk.chunk_attention_fwd_kernel,
+            dict(pool, query_ptr="*fp16", key_ptr="*fp16", value_ptr="*fp16", sink_ptr="*fp16", out_ptr="*fp16"),
+            dict(block, **rule, GROUP=group, SHAPE=shape, ASM=device.asm),
+            triton_launch.chunk_options(device, 4 * triton_chunk.num_lanes(head_dim)),
+            PAGE,
+        )
+        yield KernelCase(
+            f"quantize-{tag}",
+            triton_quantize.quantize_fwd_kernel,
+            dict(views, key_ptr="*fp16", value_ptr="*fp16", flag_ptr="*i32"),
+            dict(PAGES=128 // page.tokens, SHAPE=shape),
+            triton_quantize.quantize_options(shape),
+            page.tokens,
+            page.tokens * 2 * head_dim * 2 + page.num_bytes,
+        )
+        if tag not in BASIC:
+            continue
         yield KernelCase(
             f"tail-{tag}",
             triton_decode.tail_attention_fwd_kernel,
-            dict(query_ptr="*fp16", tail_ptr="*fp16", sink_ptr="*fp16", **slots, **partial),
-            dict(heads, PADDED=narrow, TAIL_ROWS=128, SINKS=4),
-            triton_decode.TAIL_OPTIONS,
+            dict(query_ptr="*fp16", tail_ptr="*fp16", sink_ptr="*fp16", slots_ptr="*i32", **partial),
+            dict(heads, **rule, HEAD_DIM=head_dim, PADDED=device.narrow, TAIL_ROWS=128, SINKS=4),
+            triton_launch.TAIL,
             triton_decode.TAIL_TILE.value,
             triton_decode.TAIL_TILE.value * 2 * head_dim * 2,
         )
@@ -90,27 +141,8 @@ def cases(target: str) -> Iterator[KernelCase]:
             f"merge-{tag}",
             triton_decode.merge_fwd_kernel,
             dict(partial, part_ptr="*fp32", out_ptr="*fp16"),
-            dict(heads, BLOCK_PAGES=4),
-            triton_decode.MERGE_OPTIONS,
-        )
-        yield KernelCase(
-            f"chunk-{tag}",
-            triton_chunk.chunk_attention_fwd_kernel,
-            dict(query_ptr="*fp16", key_ptr="*fp16", value_ptr="*fp16", **pool)
-            | dict(sink_ptr="*fp16", out_ptr="*fp16"),
-            dict(GROUP=group, HEAD_DIM=head_dim, BLOCK_PAGES=4, SINKS=4, ASM=asm),
-            triton_chunk.OPTIONS,
-            PAGE,
-        )
-        yield KernelCase(
-            f"quantize-{tag}",
-            triton_quantize.quantize_fwd_kernel,
-            dict(key_ptr="*fp16", value_ptr="*fp16", bytes_ptr="*u8", words_ptr="*i16")
-            | dict(halves_ptr="*fp16", flag_ptr="*i32"),
-            dict(PAGES=4, HEAD_DIM=head_dim),
-            triton_quantize.OPTIONS,
-            PAGE,
-            PAGE * 2 * head_dim * 2 + page_bytes,
+            dict(heads, HEAD_DIM=head_dim, BLOCK_TILES=4, WINDOW=window),
+            triton_launch.MERGE,
         )
 
 
