@@ -119,7 +119,7 @@ INLINE void unpack_value_plane(const int D, const struct page_format *f, const u
                 }
             }
         }
-}
+    }
 }
 
 INLINE void unpack_values(const int D, const struct page_format *f, const uint8_t *page, int tile, float *values) {
