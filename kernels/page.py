@@ -6,16 +6,16 @@ A *page* is the unit of quantization: the tokens of one key group (32, 64 or 128
     K boost   uint16 [tile][N/8 words][32 tokens]         the highest plane of the N boosted channels
     K scale          [K group][D]                         a group: `group_size` tokens of a channel
     K zero           [K group][D]
-    K channels uint8 [N]                                  which channels are boosted, ascending
+    K channels uint8 [N]                                  which are boosted, ascending; then 255 up to 16 bytes
     V codes   uint8  [tile][plane][32 tokens][D/4 bytes]
     V scale          [tile][V group][32 tokens]           a group: `group_size` channels of a token, the last one
     V zero           [tile][V group][32 tokens]           shorter where D is no multiple
 
-with tiles of 32 tokens, and scales and zero points as `scales.py` stores them. Everything is little-endian, nothing is
-padded. A code of 4 or 8 bits is two or four *planes* of 2 bits, low bits first: every plane is laid out as if it were
-alone. A boosted channel of K has two more bits than the others: a plane in a place of its own, so that all channels are
-read alike and the boosted ones once more. With 16 bits there are no codes and no scales, but fp16 [tokens][D] in their
-place.
+with tiles of 32 tokens, and scales and zero points as `scales.py` stores them. Everything is little-endian, and every
+part begins at a multiple of 16 bytes. A code of 4 or 8 bits is two or four *planes* of 2 bits, low bits first: every
+plane is laid out as if it were alone. A boosted channel of K has two more bits than the others: a plane in a place of
+its own, so that all channels are read alike and the boosted ones once more. With 16 bits there are no codes and no
+scales, but fp16 [tokens][D] in their place.
 
 Planes are *planar*: byte b of a token holds, in its four 2-bit fields i = 0..3 (low bits first), the codes of channels
 i * D/4 + b. K keeps two such bytes as one 16-bit word, with words as rows and tokens as columns: a row of 16 tokens is
@@ -35,6 +35,11 @@ from kvferry.kernels.spec import PAGE, LayerSpec, TensorSpec
 
 HEAD_DIMS = range(16, 257, 16)
 """Head dimensions that a page can hold. Which of them a kernel takes is its own matter."""
+
+
+PART_ALIGNMENT = 16
+"""Bytes; only the list of boosted channels is ever filled up to it."""
+NO_CHANNEL = 255
 
 
 class Packed(NamedTuple):
@@ -105,7 +110,8 @@ class PageFormat:
         k_meta = _meta_bytes(key, self.k_groups * self.head_dim)
         v_meta = _meta_bytes(value, self.v_groups * self.tokens)
         k_codes, v_codes = (self.tokens * self.head_dim * tensor.bits // 8 for tensor in (key, value))
-        sizes = [k_codes, boost, k_meta, k_meta, self.boosted, v_codes, v_meta, v_meta]
+        channels = -(-self.boosted // PART_ALIGNMENT) * PART_ALIGNMENT
+        sizes = [k_codes, boost, k_meta, k_meta, channels, v_codes, v_meta, v_meta]
         return Offsets(*(sum(sizes[:i]) for i in range(len(sizes) + 1)))
 
     @property
@@ -137,10 +143,12 @@ class PageFormat:
 
     def channels_are_sound(self, pages: Tensor) -> bool:
         """Whether the boosted channels of pages [..., num_bytes] ascend and exist: kernels use them as indices."""
-        channels = pages[..., self.offsets.k_channels : self.offsets.v_codes].int()
         if not self.boosted:
             return True
-        return bool((channels[..., -1] < self.head_dim).all() and (channels.diff(dim=-1) > 0).all())
+        listed = pages[..., self.offsets.k_channels : self.offsets.v_codes].int()
+        channels, rest = listed[..., : self.boosted], listed[..., self.boosted :]
+        ascend = (channels[..., -1] < self.head_dim).all() and (channels.diff(dim=-1) > 0).all()
+        return bool(ascend and (rest == NO_CHANNEL).all())
 
     def join(self, keys: Packed | Tensor, values: Packed | Tensor) -> Tensor:
         """Page blobs uint8 [..., num_bytes]; with 16 bits, keys or values are fp16 [..., tokens, D]."""
@@ -156,7 +164,9 @@ class PageFormat:
             return [*parts, keys.scale, keys.zero]
         index = keys.channels.long()[..., None, None, :].expand(*tiles.shape[:-1], -1)
         high = tiles.gather(-1, index) >> self.spec.key.bits
-        return [*parts, _words(high), keys.scale, keys.zero, keys.channels]
+        room = self.offsets.v_codes - self.offsets.k_channels
+        listed = torch.nn.functional.pad(keys.channels, (0, room - self.boosted), value=NO_CHANNEL)
+        return [*parts, _words(high), keys.scale, keys.zero, listed]
 
     def _value_parts(self, values: Packed) -> list[Tensor]:
         codes, scale, zero = (
@@ -180,7 +190,7 @@ class PageFormat:
         zero = _cut(pages, o.k_zero, o.k_channels, dtype).reshape(*lead, self.k_groups, d)
         channels = None
         if self.boosted:
-            channels = pages[..., o.k_channels : o.v_codes]
+            channels = pages[..., o.k_channels : o.k_channels + self.boosted]
             words = _cut(pages, o.k_boost, o.k_scale, torch.int16).reshape(*lead, self.tiles, self.boosted // 8, PAGE)
             index = channels.long()[..., None, None, :].expand(*codes.shape[:-1], -1)
             codes.scatter_add_(-1, index, _unpack_words(words) << key.bits)

@@ -11,6 +11,7 @@
 #define MAX_VALUE_GROUPS (MAX_HEAD_DIM / MIN_GROUP)
 #define MAX_PLANES 4
 #define FOLD 4.0f
+#define NO_CHANNEL 255 /* fills up the list of boosted channels */
 
 /* K or V of a page. Offsets are in bytes from the page's start. */
 struct tensor_format {

@@ -161,6 +161,7 @@ static int quantize_keys(const struct page_format *f, int head_dim, const uint16
         struct spread spreads[MAX_HEAD_DIM];
         key_spreads(head_dim, keys, token_stride, sinks, tokens, spreads);
         choose_channels(head_dim, spreads, num_boosted, page + k->channels, boosted);
+        memset(page + k->channels + num_boosted, NO_CHANNEL, (size_t)(-num_boosted & 15)); /* up to 16 bytes */
     }
     for (int c = 0; c < head_dim; c += 8) {
         struct widths widths = plain;
