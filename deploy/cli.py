@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from kvferry.deploy.cli_eval import eval_command
 from kvferry.deploy.cli_failure import fail
+from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.settings import Settings
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command("eval")(eval_command)
+app.command("calibrate")(calibrate_command)
 
 STATIC_TARGETS = ("sm_80", "sm_90")
 

@@ -22,6 +22,7 @@ PRESETS = {
     "kv4": KVQuantSpec(
         layer=LayerSpec(key=TensorSpec(bits=4, group_size=64, scales="8bit", boost=1), value=_ROTATED_V4),
         value_rotation="hadamard",
+        sink_tokens=2,
     ),
     "kv16": KVQuantSpec(layer=LayerSpec(key=TensorSpec(bits=16), value=TensorSpec(bits=16)), sink_tokens=0),
 }

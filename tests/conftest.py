@@ -89,7 +89,6 @@ def load_runtime(tiny_model: Callable[[str], Path]) -> Callable[..., ModelRuntim
 
     def load(family: str = "llama", *, block_size: int = BLOCK_SIZE, **options: Any) -> ModelRuntime:
         options.setdefault("dtype", "float32")
-        options.setdefault("kernels", "reference")
         options.setdefault("spec", KVQuantSpec(block_size=block_size))
         config = ModelConfig(model=str(tiny_model(family)), **options)
         return ModelRuntime(config)

@@ -1,4 +1,4 @@
-"""`kvferry eval`."""
+"""`kvferry eval` and `kvferry calibrate`."""
 
 from __future__ import annotations
 
@@ -62,6 +62,34 @@ def eval_command(
             ),
             json_path=json_path,
             plots=plots,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(str(error))
+
+
+def calibrate_command(
+    model: Annotated[str, typer.Argument(help='Hugging Face folder, .gguf file, hub id, or "demo".')],
+    out: Annotated[Path, typer.Option(help="The spec file to write, *.json.")] = Path("kvferry-spec.json"),
+    bits: Annotated[float, typer.Option(help="Effective bits at 4,096 tokens, everything counted.")] = 3.0,
+    text: Annotated[Path | None, typer.Option(help="A text of your own; else Python's language reference.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, spread over the text.")] = 2,
+    window_blocks: Annotated[int, typer.Option(min=2, help="Blocks of 128 tokens in a window.")] = 5,
+    kernels: Annotated[str | None, typer.Option(help="reference, cpu or triton; else what serve would run.")] = None,
+) -> None:
+    """Find the layers that suffer from few bits, and write a spec that spends a budget of bits on them.
+
+    Deterministic. What is measured is kept beside the spec file, so that an interrupted run goes on where it stopped.
+    """
+    from kvferry.deploy.calibration.command import CalibrationPlan, run_calibration
+
+    try:
+        if out.suffix != ".json":
+            raise ValueError(f"--out {out}: a spec file ends in .json")
+        run_calibration(
+            CalibrationPlan(
+                model=model, bits=bits, text=text, windows=windows, window_blocks=window_blocks, kernels=kernels
+            ),
+            out,
         )
     except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))
