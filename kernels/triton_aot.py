@@ -34,6 +34,7 @@ from kvferry.kernels.machine_code import (
     sass_instructions,
 )
 from kvferry.kernels.page import PageFormat
+from kvferry.kernels.presets import PRESETS
 from kvferry.kernels.roofline import ASSUMED_DEVICES, static_bound
 from kvferry.kernels.spec import PAGE, LayerSpec, TensorSpec
 from kvferry.kernels.triton_launch import Device
@@ -75,6 +76,8 @@ VARIANTS = {
     "d128": Variant(128, 4),
     "d64": Variant(64, 3),
     "d128-k4v2": Variant(128, 4, SMALL),
+    "d128-kv2": Variant(128, 4, PRESETS["kv2"].layer),
+    "d64-kv2": Variant(64, 3, PRESETS["kv2"].layer),
     "d128-window": Variant(128, 4, window=4096, softcap=50.0),
     "d80": Variant(80, 4),
     "d256": Variant(256, 4),

@@ -22,6 +22,7 @@ from torch import Tensor
 from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.packed import DecodeBatch, PackedPrefix
 from kvferry.kernels.page import Packed, PageFormat
+from kvferry.kernels.presets import PRESETS
 from kvferry.kernels.reference import ReferenceKernels, dequantize_pages, quantize_pages
 from kvferry.kernels.spec import KVQuantSpec, LayerSpec, TensorSpec
 
@@ -34,11 +35,16 @@ CPU = torch.device("cpu")
 
 
 def layer_spec(text: str) -> LayerSpec:
-    """ "4/64/8bit 2/32/fp16": bits, group and scales of K, then of V; "16" alone is fp16."""
+    """ "4/64/8bit/6 2/32/fp16": bits, group, scales and boost of K, then of V; "16" alone is fp16, and the name of a
+    preset its layers."""
+    if text in PRESETS:
+        return PRESETS[text].layer
     sides = []
     for side in text.split():
         bits, *rest = side.split("/")
-        sides.append(TensorSpec(bits=int(bits), **(dict(group_size=int(rest[0]), scales=rest[1]) if rest else {})))
+        names: Any = dict(zip(("group_size", "scales", "boost"), rest, strict=False))
+        numbers = {name: value if name == "scales" else int(value) for name, value in names.items()}
+        sides.append(TensorSpec(bits=int(bits), **numbers))
     return LayerSpec(key=sides[0], value=sides[1])
 
 
@@ -149,6 +155,9 @@ def random_pool(layout: BlockLayout, blocks: int, *, key_factor: float = 1.0, va
     values = torch.randn(shape, generator=generator) * value_factor + 0.5 * value_factor
     pool = torch.full((blocks, layout.block_bytes), 255, dtype=torch.uint8)
     page = layout.layers[LAYER].page
+    if page.boosted:
+        keys[..., 1::3] *= 3  # channels to boost
+        keys[..., 4::9] += 6 * key_factor
     layout.layer_pages(pool, LAYER).copy_(quantize_pages(keys.half(), values.half(), page))
     return pool
 
@@ -261,11 +270,11 @@ def small_pieces() -> Iterator[None]:
         triton_pieces.MIN_PIECE, triton_pieces.MAX_PIECES = old
 
 
-def check_pieces_grow(device: torch.device, *, rule: Rule = NO_RULE) -> None:
+def check_pieces_grow(device: torch.device, *, rule: Rule = NO_RULE, **options: Any) -> None:
     """Contexts beyond the most pieces, with fewer pieces than the kernels are built for."""
     with small_pieces():
         contexts = [(list(range(5)), 3), ([5, 6], 1), ([7], 1)]
-        check_decode(device, head_dim=64, group=2, contexts=contexts, rule=rule)
+        check_decode(device, head_dim=64, group=2, contexts=contexts, rule=rule, **options)
 
 
 def check_window_skips(device: torch.device) -> None:
@@ -312,7 +321,7 @@ def run_chunk(
     rule: Rule = NO_RULE,
 ) -> tuple[Tensor, Tensor]:
     """Result of the first `rows` tokens of a chunk of n, and the reference's."""
-    layout = make_layout(head_dim, 2, form=form, block_size=64)
+    layout = make_layout(head_dim, 2, form=form, block_size=max(64, layer_spec(form).page_tokens))
     generator = torch.Generator().manual_seed(4)
     query = torch.randn(2 * group, n, head_dim, generator=generator)[:, :rows]
     keys = torch.randn(2, n, head_dim, generator=generator).half()[:, :rows]
@@ -356,6 +365,19 @@ FORMS = {
     "k2g64-v16": "2/64/8bit 16",
     "k16-v16": "16 16",
 }
+BOOSTED = {
+    "kv2-d64": (64, "kv2"),
+    "kv2-d128": (128, "kv2"),
+    "kv4-d64": (64, "kv4"),
+    "kv4-d128": (128, "kv4"),
+    "boost15-d80": (80, "2/32/fp16/15 2/128/fp16"),
+    "boost9-on-4-bits-d64": (64, "4/32/fp16/9 2/32/fp16"),
+    "boost5-in-rows-of-16-d48": (48, "4/16/8bit/5 2/128/8bit"),
+    "boost15-in-rows-of-16-d64": (64, "2/16/fp16/15 16"),
+    "boost12-d256": (256, "2/128/8bit/12 2/128/8bit"),
+    "k2g128-v4g128-d128": (128, "2/128/fp16 4/128/fp16"),
+}
+"""Head dimension and format: boosted channels of every number of words, and groups of 128."""
 HEAD_DIMS = {
     80: "2/32/fp16 2/32/8bit",
     96: "4/16/8bit 2/64/fp16",
@@ -424,6 +446,15 @@ CASES: dict[str, Callable[[torch.device], None]] = {
         f"decode-d{head_dim}-plain": partial(check_decode, head_dim=head_dim, group=1, contexts=[([1, 0], 5)])
         for head_dim in HEAD_DIMS
     },
+    **{
+        f"decode-{name}": partial(
+            check_decode, head_dim=head_dim, group=2, form=form, block_size=128, contexts=[([1, 0], 3)]
+        )
+        for name, (head_dim, form) in BOOSTED.items()
+    },
+    "decode-kv2-window": partial(
+        check_decode, head_dim=64, group=3, form="kv2", block_size=128, contexts=[([1, 0], 3)], rule=Rule(100)
+    ),
     "decode-d144-fp16": partial(check_decode, head_dim=144, group=1, form="16 16", contexts=[([0], 5)]),
     "decode-d80-fp16": partial(check_decode, head_dim=80, group=1, form="16 16", contexts=[([0], 5)]),
     **{
@@ -465,6 +496,11 @@ CASES: dict[str, Callable[[torch.device], None]] = {
         f"chunk-d{head_dim}": partial(check_chunk, head_dim=head_dim, group=1, n=33, table=[1], form=form)
         for head_dim, form in HEAD_DIMS.items()
     },
+    **{
+        f"chunk-{name}": partial(check_chunk, head_dim=head_dim, group=2, n=5, table=[1, 0], form=form)
+        for name, (head_dim, form) in BOOSTED.items()
+    },
+    "chunk-kv2-window": partial(check_chunk, head_dim=64, group=3, n=50, table=[1, 0], form="kv2", rule=Rule(150)),
     "chunk-d80-fp16": partial(check_chunk, head_dim=80, group=1, n=5, table=[1], form="16 16"),
     **{
         f"chunk-window{window}": partial(check_chunk, head_dim=64, group=3, n=50, table=[2, 0], rule=Rule(window))
@@ -478,6 +514,7 @@ CASES: dict[str, Callable[[torch.device], None]] = {
 INTERPRETED_CASES = CASES | {
     "decode-pieces-grow": check_pieces_grow,
     "decode-window-pieces-grow": partial(check_pieces_grow, rule=Rule(window=70)),
+    "decode-kv2-pieces-within-pages": partial(check_pieces_grow, form="kv2", block_size=128),
 }
 
 
