@@ -77,7 +77,10 @@ def assert_same_pages(got: Tensor, wanted: Tensor, page: PageFormat) -> None:
         if not isinstance(a, Packed) or not isinstance(b, Packed):
             assert isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b), side
             continue
-        for name, x, y in zip(Packed._fields, a, b, strict=True):
+        if a.channels is not None and b.channels is not None:
+            assert torch.equal(a.channels, b.channels)
+            assert page.channels_are_sound(got)
+        for name, x, y in zip(("codes", "scale", "zero"), a[:3], b[:3], strict=True):
             differ = (x != y).float().mean().item()
             limit = 1e-3 * 4 ** (tensor.bits // 2 - 1) if name == "codes" else 1e-2
             assert differ <= limit, f"{side} {name}: {differ:.2%} differ"
@@ -118,6 +121,19 @@ def check_quantize_constant(device: torch.device, *, head_dim: int) -> None:
     unpacked_keys, unpacked_values = dequantize_pages(got, page)
     torch.testing.assert_close(unpacked_keys, keys.float(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(unpacked_values, values.float(), rtol=1e-3, atol=1e-4)
+
+
+def check_quantize_equal_ranges(device: torch.device) -> None:
+    """Of channels of one range the first are boosted; that of sinks does not count."""
+    page = PageFormat(64, layer_spec("kv2"))
+    keys = torch.arange(128.0).remainder(7).view(1, 128, 1).expand(1, 128, 64).clone()
+    keys[:, :, 40:50] *= 2
+    keys[:, :4, 30] = 1000.0
+    got, wanted = quantize_both(keys.half(), keys.half(), page, device, sink_tokens=4)
+    assert_same_pages(got, wanted, page)
+    keys, _ = page.split(got)
+    assert isinstance(keys, Packed) and keys.channels is not None
+    assert keys.channels.flatten().tolist() == [*range(14), *range(40, 50)]
 
 
 def check_quantize_strided(device: torch.device) -> None:
@@ -401,6 +417,13 @@ CASES: dict[str, Callable[[torch.device], None]] = {
         f"quantize-d{head_dim}": partial(check_quantize, head_dim=head_dim, form=form, heads=1)
         for head_dim, form in HEAD_DIMS.items()
     },
+    **{
+        f"quantize-{name}": partial(
+            check_quantize, head_dim=head_dim, form=form, tokens=128, heads=1, sink_tokens=4
+        )
+        for name, (head_dim, form) in BOOSTED.items()
+    },
+    "quantize-kv2-equal-ranges": check_quantize_equal_ranges,
     "quantize-huge-bytes": partial(check_quantize, head_dim=64, form=FORMS["bytes"], factor=8000.0),
     "quantize-16-sinks-of-16": partial(check_quantize, head_dim=64, form=FORMS["k2g16"], sink_tokens=16),
     "quantize-constant-d64": partial(check_quantize_constant, head_dim=64),
