@@ -241,7 +241,9 @@ def chunk_attention_fwd_kernel(
         if BOOST.channels > 0:
             boost_words = load_boost_words(page_words, tile_of_page, column[:, None], token[None, :], BOOST, ASM)
             if (tile_of_page == 0) | (tile == first_tile):
-                boosted = boosted_queries(query_ptr + offset, used[:, None], page_bytes, page_halves, 1, HEAD_DIM, KEY, BOOST, ASM)
+                boosted = boosted_queries(
+                    query_ptr + offset, used[:, None], page_bytes, page_halves, 1, HEAD_DIM, KEY, BOOST, ASM
+                )
             scores = boosted_scores(boost_words, boosted, token[None, :], 1, KEY, BOOST, ASM)
         else:
             scores = tl.zeros([ROW_TILE, TILE], tl.float32)

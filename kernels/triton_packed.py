@@ -396,7 +396,9 @@ def packed_attention_fwd_kernel(
 
         if BOOST.channels > 0:
             if (tile_of_page == 0) | (tile == first):
-                boosted = boosted_queries(query_row, used[None, :], page_bytes, page_halves, 0, HEAD_DIM, KEY, BOOST, ASM)
+                boosted = boosted_queries(
+                    query_row, used[None, :], page_bytes, page_halves, 0, HEAD_DIM, KEY, BOOST, ASM
+                )
             scores = boosted_scores(boost_words, boosted, token[:, None], 0, KEY, BOOST, ASM)
         else:
             scores = tl.zeros([TILE, PADDED], tl.float32)

@@ -133,4 +133,4 @@ def _boost_shape(page: PageFormat) -> BoostShape:
 
 
 def _first_scale(bits: int) -> float:
-    return FIT_SHRINK[bits] / (2**bits - 1)
+    return FIT_SHRINK[bits] / ((1 << bits) - 1)

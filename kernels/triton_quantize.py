@@ -16,21 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvferry.kernels import reference, scales
 from kvferry.kernels.page import PageFormat
 from kvferry.kernels.spec import PAGE as TILE_TOKENS
+from kvferry.kernels.triton_boosted_keys import boost_fwd_kernel, is_listed, list_boosted_fwd_kernel
+from kvferry.kernels.triton_fit import MAX_FOLDED, boosted_widths, code_widths, fit_groups, pack_words, power_of_two
 from kvferry.kernels.triton_page import PageShape, page_shape
-from kvferry.kernels.triton_widest import is_listed, list_channels, power_of_two
 
 TILE = tl.constexpr(TILE_TOKENS)
-FIT_STEPS = tl.constexpr(reference.FIT_STEPS)
-MIN_FOLDED_SCALE = tl.constexpr(scales.MIN_FOLDED_SCALE)
-MAX_FOLDED = tl.constexpr(scales.MAX_FOLDED)
-MAX_BYTE_SCALE = tl.constexpr(scales.MAX_BYTE_SCALE)
-LIMIT = tl.constexpr(reference.LIMIT)
-FOLD = tl.constexpr(scales.FOLD)
-ROUNDER = tl.constexpr(12582912.0)
-"""1.5 * 2**23: adding and subtracting it rounds a small fp32 number to the nearest integer, ties to even."""
 VALUES_PER_WARP = 1024
 """Of a tile; a thread has several fp32 copies of its share."""
 MAX_WARPS = 8
@@ -42,105 +34,7 @@ VALUES = tl.constexpr(VALUES_PER_WARP * MAX_WARPS)
 @triton.constexpr_function
 def fit_lanes(head_dim: int, group: int) -> int:
     """Channels of each quarter that are fitted at once: the rest follow."""
-    return min(int(power_of_two(head_dim // 4)), VALUES // 4 // group)
-
-
-@triton.jit
-def code_widths(ROWS: tl.constexpr, TENSOR: tl.constexpr):
-    """What the fit needs to know of codes, fp32 [ROWS] each: the highest one, the first scale over max - min, F, and
-    the step of a zero point over S, and the scale whose zero point is 127 steps, over that zero point."""
-    TOP: tl.constexpr = (1 << TENSOR.bits) - 1
-    return (
-        tl.full([ROWS], TOP, tl.float32),
-        tl.full([ROWS], TENSOR.first_scale, tl.float32),
-        tl.full([ROWS], TENSOR.offset, tl.float32),
-        tl.full([ROWS], TENSOR.zero_step, tl.float32),
-        tl.full([ROWS], 1.0 / (127.0 * TENSOR.zero_step), tl.float32),
-    )
-
-
-@triton.jit
-def boosted_widths(boosted, TENSOR: tl.constexpr, BOOST: tl.constexpr):
-    """`code_widths` of rows, some of them boosted."""
-    top, first_scale, offset, zero_step, least_scale = code_widths(boosted.shape[0], TENSOR)
-    return (
-        tl.where(boosted, BOOST.top, top),
-        tl.where(boosted, BOOST.first_scale, first_scale),
-        tl.where(boosted, BOOST.offset, offset),
-        tl.where(boosted, BOOST.zero_step, zero_step),
-        tl.where(boosted, 1.0 / (127.0 * BOOST.zero_step), least_scale),
-    )
-
-
-@triton.jit
-def nearest_codes(x, scale, zero, top):
-    inverse = 1.0 / tl.maximum(scale, MIN_FOLDED_SCALE / FOLD)
-    y = (x - zero[:, None]) * inverse[:, None]
-    return (tl.minimum(tl.maximum(y, 0.0), top[:, None]) + ROUNDER) - ROUNDER
-
-
-@triton.jit
-def round_scale(scale, zero, least_scale, TENSOR: tl.constexpr):
-    """As stored, and as fp32 S. Twin: `scales.round_scale`."""
-    folded = scale * FOLD
-    if TENSOR.byte_scales:
-        needed = tl.abs(zero) * least_scale
-        half = tl.minimum(tl.maximum(tl.maximum(folded, needed), MIN_FOLDED_SCALE), MAX_BYTE_SCALE).to(tl.float16)
-        bits = half.to(tl.int16, bitcast=True)
-        stored = (bits + 63 + ((bits >> 7) & 1)) >> 7
-        wide = (stored << 7).to(tl.float16, bitcast=True).to(tl.float32)
-        return stored.to(tl.uint8), wide
-    else:
-        stored = tl.minimum(tl.maximum(folded, MIN_FOLDED_SCALE), MAX_FOLDED).to(tl.float16)
-        return stored, stored.to(tl.float32)
-
-
-@triton.jit
-def round_zero(zero, wide_scale, offset, zero_step, TENSOR: tl.constexpr):
-    """As stored, and as fp32 zero point. Twin: `scales.round_zero`."""
-    if TENSOR.byte_scales:
-        step = wide_scale * zero_step
-        steps = (tl.minimum(tl.maximum(zero / step, -128.0), 127.0) + ROUNDER) - ROUNDER
-        return (steps.to(tl.int32) & 255).to(tl.uint8), steps * step
-    else:
-        offset = wide_scale * offset
-        stored = tl.minimum(tl.maximum(zero - offset, -MAX_FOLDED), MAX_FOLDED).to(tl.float16)
-        return stored, stored.to(tl.float32) + offset
-
-
-@triton.jit
-def fit_groups(x, valid, widths, TENSOR: tl.constexpr):
-    """Codes (int32 [rows, n]), scale and zero point as stored ([rows]). Twin: `reference.fit_groups`.
-
-    `valid` is [rows, n], or [1, n] where it is the same for all rows, which saves registers; widths: `code_widths`.
-    """
-    top, first_scale, offset, zero_step, least_scale = widths
-    x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
-    weight = valid.to(tl.float32)
-    members = tl.sum(weight, axis=1)
-    count = tl.maximum(members, 1.0)
-    lo = tl.min(tl.where(valid, x, float("inf")), axis=1)
-    hi = tl.max(tl.where(valid, x, -float("inf")), axis=1)
-    lo = tl.where(members > 0, lo, 0.0)
-    hi = tl.where(members > 0, hi, 0.0)
-    scale = (hi - lo) * first_scale
-    zero = (lo + hi) * 0.5 - (top * 0.5) * scale
-    mean_x = tl.sum(x * weight, axis=1) / count
-    deviation = x - mean_x[:, None]
-    deviations = tl.sum(deviation * weight, axis=1)
-    for _ in tl.static_range(FIT_STEPS):
-        codes = nearest_codes(x, scale, zero, top) * weight
-        sum_c = tl.sum(codes, axis=1)
-        mean_c = sum_c / count
-        spread = count * tl.sum(codes * codes, axis=1) - sum_c * sum_c
-        covariance = tl.sum(codes * deviation, axis=1) - mean_c * deviations
-        scale = tl.where(spread > 0, covariance * count / tl.maximum(spread, 1.0), scale)
-        zero = mean_x - scale * mean_c
-    stored_scale, wide = round_scale(scale, zero, least_scale, TENSOR)
-    stored_zero, zero = round_zero(mean_x - wide / FOLD * mean_c, wide, offset, zero_step, TENSOR)
-    codes = nearest_codes(x, wide / FOLD, zero, top) * weight
-    empty = members == 0
-    return codes.to(tl.int32), tl.where(empty, 0, stored_scale), tl.where(empty, 0, stored_zero)
+    return int(min(power_of_two(head_dim // 4), VALUES // 4 // group))
 
 
 @triton.jit
@@ -158,32 +52,6 @@ def store_scales(bytes_ptr, halves_ptr, place, scale, zero, mask, TENSOR: tl.con
     else:
         tl.store(halves_ptr + TENSOR.scale // 2 + place, scale, mask=mask)
         tl.store(halves_ptr + TENSOR.zero // 2 + place, zero, mask=mask)
-
-
-@triton.jit
-def stored_scales(bytes_ptr, halves_ptr, place, TENSOR: tl.constexpr, BOOST: tl.constexpr):
-    """fp32 S and zero point of boosted channels, bit by bit as `fit_groups` had them."""
-    if TENSOR.byte_scales:
-        scale = (tl.load(bytes_ptr + TENSOR.scale + place).to(tl.int16) << 7).to(tl.float16, bitcast=True)
-        scale = scale.to(tl.float32)
-        steps = tl.load(bytes_ptr + TENSOR.zero + place).to(tl.int8, bitcast=True).to(tl.float32)
-        return scale, steps * (scale * BOOST.zero_step)
-    else:
-        scale = tl.load(halves_ptr + TENSOR.scale // 2 + place).to(tl.float32)
-        zero = tl.load(halves_ptr + TENSOR.zero // 2 + place).to(tl.float32)
-        return scale, zero + scale * BOOST.offset
-
-
-@triton.jit
-def pack_words(fields, quarter, lane, LANES: tl.constexpr):
-    """2-bit fields int32 [4 * LANES, tokens], rows in quarters -> words int16 [LANES / 2, tokens].
-
-    Channel f * D/4 + 2 j + h is in bits 2 f + 8 h of word j.
-    """
-    TOKENS: tl.constexpr = fields.shape[1]
-    fields = fields << (quarter * 2 + lane % 2 * 8)[:, None]
-    pairs = tl.sum(tl.reshape(fields, [4, LANES, TOKENS]), axis=0)
-    return tl.sum(tl.reshape(pairs, [LANES // 2, 2, TOKENS]), axis=1).to(tl.int16)
 
 
 @triton.jit
@@ -234,51 +102,6 @@ def quantize_keys(
                     words,
                     mask=(word < WORDS)[:, None],
                 )
-
-
-@triton.jit
-def boost_keys(
-    page_ptr,  # fp16 [tokens, D], the page's first token
-    token_stride,
-    first_token,
-    sink_tokens,
-    bytes_ptr,
-    words_ptr,
-    halves_ptr,
-    SHAPE: tl.constexpr,
-):
-    """The highest plane of the boosted channels, from their list and from what `quantize_keys` stored of them: the same
-    codes once more. Row of the tile: rank in the list, in quarters."""
-    KEY: tl.constexpr = SHAPE.keys
-    BOOST: tl.constexpr = SHAPE.boost
-    WORDS: tl.constexpr = BOOST.channels // 8
-    QUARTER: tl.constexpr = BOOST.channels // 4
-    LANES: tl.constexpr = power_of_two(QUARTER)
-    TILES: tl.constexpr = SHAPE.tiles
-    SPAN: tl.constexpr = min(KEY.group, TILE)
-    SPANS: tl.constexpr = TILES * TILE // SPAN
-    quarter = tl.arange(0, 4 * LANES) // LANES
-    lane = tl.arange(0, 4 * LANES) % LANES
-    exists = lane < QUARTER
-    rank = quarter * QUARTER + tl.minimum(lane, QUARTER - 1)
-    channel = tl.load(bytes_ptr + BOOST.listed + rank).to(tl.int32)
-    word = tl.arange(0, LANES // 2)
-    top = tl.full([4 * LANES], BOOST.top, tl.float32)
-    for span in tl.range(0, SPANS):
-        token = span * SPAN + tl.arange(0, SPAN)
-        pointers = page_ptr + token[None, :] * token_stride + channel[:, None]
-        x = tl.load(pointers, mask=exists[:, None], other=0.0).to(tl.float32)
-        x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
-        place = span * SPAN // KEY.group * SHAPE.head_dim + channel
-        scale, zero = stored_scales(bytes_ptr, halves_ptr, place, KEY, BOOST)
-        codes = nearest_codes(x, scale / FOLD, zero, top).to(tl.int32) >> KEY.bits
-        codes = tl.where((first_token + token >= sink_tokens)[None, :] & exists[:, None], codes, 0)
-        begin = token // TILE * (WORDS * TILE) + token % TILE
-        tl.store(
-            words_ptr + BOOST.codes // 2 + word[:, None] * TILE + begin[None, :],
-            pack_words(codes, quarter, lane, LANES),
-            mask=(word < WORDS)[:, None],
-        )
 
 
 @triton.jit
@@ -394,15 +217,9 @@ def quantize_fwd_kernel(
                 key_ptr, key_token_stride, first, sink_tokens, halves_ptr + SHAPE.keys.codes // 2, flag_ptr, SHAPE
             )
         else:
-            if SHAPE.boost.channels > 0:
-                list_channels(key_ptr, key_token_stride, first, sink_tokens, bytes_ptr, SHAPE)
-                tl.debug_barrier()  # what other threads wrote to memory is read next
             quantize_keys(
                 key_ptr, key_token_stride, first, sink_tokens, bytes_ptr, words_ptr, halves_ptr, flag_ptr, SHAPE
             )
-            if SHAPE.boost.channels > 0:
-                tl.debug_barrier()
-                boost_keys(key_ptr, key_token_stride, first, sink_tokens, bytes_ptr, words_ptr, halves_ptr, SHAPE)
     else:
         if SHAPE.values.bits == 16:
             copy_tokens(
@@ -410,6 +227,10 @@ def quantize_fwd_kernel(
             )
         else:
             quantize_values(value_ptr, value_token_stride, first, sink_tokens, bytes_ptr, halves_ptr, flag_ptr, SHAPE)
+
+
+BOOST_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+"""Of the kernels for boosted channels."""
 
 
 def quantize_options(shape: PageShape) -> dict[str, Any]:
@@ -430,15 +251,20 @@ def quantize_block(
     """
     heads, pages, _ = out.shape
     shape = page_shape(page)
+    words, halves = out.view(torch.int16), out.view(torch.float16)
+    strides = keys.stride(0), keys.stride(1)
+    if page.boosted:
+        list_boosted_fwd_kernel[(pages, heads)](
+            keys, out, *strides, sink_tokens, PAGES=pages, SHAPE=shape, **BOOST_OPTIONS
+        )
     quantize_fwd_kernel[(pages, heads, 2)](
         keys,
         values,
         out,
-        out.view(torch.int16),
-        out.view(torch.float16),
+        words,
+        halves,
         flag,
-        keys.stride(0),
-        keys.stride(1),
+        *strides,
         values.stride(0),
         values.stride(1),
         sink_tokens,
@@ -446,3 +272,7 @@ def quantize_block(
         SHAPE=shape,
         **quantize_options(shape),
     )
+    if page.boosted:
+        boost_fwd_kernel[(pages, heads)](
+            keys, out, words, halves, *strides, sink_tokens, PAGES=pages, SHAPE=shape, **BOOST_OPTIONS
+        )

@@ -146,10 +146,10 @@ def check_quantize_strided(device: torch.device) -> None:
 
 def check_quantize_refuses(device: torch.device, *, bad: float, in_keys: bool, form: str = PLAIN) -> None:
     page = PageFormat(64, layer_spec(form))
-    keys = torch.ones(2, 64, 64).half()
-    values = torch.ones(2, 64, 64).half()
+    keys = torch.ones(2, 128, 64).half()
+    values = torch.ones(2, 128, 64).half()
     (keys if in_keys else values)[1, 63, 63] = bad
-    out = torch.empty(2, 64 // page.tokens, page.num_bytes, dtype=torch.uint8, device=device)
+    out = torch.empty(2, 128 // page.tokens, page.num_bytes, dtype=torch.uint8, device=device)
     with pytest.raises(ValueError, match="not finite"):
         triton_kernels().quantize_block(keys.to(device), values.to(device), page, sink_tokens=0, out=out)
 
@@ -418,9 +418,7 @@ CASES: dict[str, Callable[[torch.device], None]] = {
         for head_dim, form in HEAD_DIMS.items()
     },
     **{
-        f"quantize-{name}": partial(
-            check_quantize, head_dim=head_dim, form=form, tokens=128, heads=1, sink_tokens=4
-        )
+        f"quantize-{name}": partial(check_quantize, head_dim=head_dim, form=form, tokens=128, heads=1, sink_tokens=4)
         for name, (head_dim, form) in BOOSTED.items()
     },
     "quantize-kv2-equal-ranges": check_quantize_equal_ranges,
@@ -432,6 +430,7 @@ CASES: dict[str, Callable[[torch.device], None]] = {
     "quantize-nan-key-refused": partial(check_quantize_refuses, bad=torch.nan, in_keys=True),
     "quantize-nan-value-refused": partial(check_quantize_refuses, bad=torch.nan, in_keys=False),
     "quantize-nan-fp16-refused": partial(check_quantize_refuses, bad=torch.nan, in_keys=False, form="16 16"),
+    "quantize-nan-boosted-key-refused": partial(check_quantize_refuses, bad=torch.nan, in_keys=True, form="kv2"),
     "quantize-infinite-key-refused": partial(check_quantize_refuses, bad=-torch.inf, in_keys=True),
     **{
         f"decode-d{head_dim}-group{group}": partial(check_decode, head_dim=head_dim, group=group)
