@@ -25,17 +25,26 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvferry.kernels import triton_chunk, triton_decode, triton_launch, triton_packed, triton_quantize
+from kvferry.kernels import (
+    triton_boosted_keys,
+    triton_chunk,
+    triton_decode,
+    triton_launch,
+    triton_packed,
+    triton_quantize,
+)
 from kvferry.kernels.machine_code import (
     TARGETS,
     MachineCode,
     amd_opcodes,
+    loop_passes,
     main_loop,
     sass_instructions,
 )
 from kvferry.kernels.page import PageFormat
+from kvferry.kernels.presets import PRESETS
 from kvferry.kernels.roofline import ASSUMED_DEVICES, static_bound
-from kvferry.kernels.spec import PAGE, LayerSpec, TensorSpec
+from kvferry.kernels.spec import PAGE, LayerSpec
 from kvferry.kernels.triton_launch import Device
 from kvferry.kernels.triton_page import page_shape
 
@@ -53,6 +62,8 @@ class KernelCase(NamedTuple):
     options: dict[str, Any]
     tokens: int = 0
     """Tokens of one KV head that one pass of the main loop, or of a kernel without one, goes through; 0: others."""
+    passes: int = 1
+    """In one of how many passes the loop does what it does not do in each: a page's tiles."""
     num_bytes: int = 0
     """What such a pass reads and writes; 0 when arithmetic, not memory, is what it should be bound by."""
 
@@ -68,13 +79,12 @@ class Variant(NamedTuple):
     softcap: float = 0.0
 
 
-SMALL = LayerSpec(
-    key=TensorSpec(bits=4, group_size=64, scales="8bit"), value=TensorSpec(bits=2, group_size=64, scales="8bit")
-)
 VARIANTS = {
     "d128": Variant(128, 4),
     "d64": Variant(64, 3),
-    "d128-k4v2": Variant(128, 4, SMALL),
+    "d128-kv3": Variant(128, 4, PRESETS["kv3"].layer),
+    "d128-kv2": Variant(128, 4, PRESETS["kv2"].layer),
+    "d64-kv2": Variant(64, 3, PRESETS["kv2"].layer),
     "d128-window": Variant(128, 4, window=4096, softcap=50.0),
     "d80": Variant(80, 4),
     "d256": Variant(256, 4),
@@ -105,8 +115,9 @@ def cases(target: str) -> Iterator[KernelCase]:
                 triton_packed.packed_attention_fwd_kernel,
                 dict(query_ptr="*fp16", **pool, **partial),
                 dict(heads, **block, **rule, GROUP=members, PADDED=padded, SHAPE=shape, ASM=device.asm),
-                triton_launch.packed_options(device, head_dim, padded),
+                triton_launch.packed_options(device, shape, padded),
                 PAGE,
+                shape.tiles,
                 tile_bytes,
             )
         yield KernelCase(
@@ -116,16 +127,28 @@ def cases(target: str) -> Iterator[KernelCase]:
             dict(block, **rule, GROUP=group, SHAPE=shape, ASM=device.asm),
             triton_launch.chunk_options(device, 4 * triton_chunk.num_lanes(head_dim)),
             PAGE,
+            shape.tiles,
         )
+        # With a loop, over K, its instructions are not those of a page.
+        has_loop = triton_quantize.fit_lanes(head_dim, spec.key.group_size) < head_dim // 4
+        tokens = 0 if has_loop else page.tokens
         yield KernelCase(
             f"quantize-{tag}",
             triton_quantize.quantize_fwd_kernel,
             dict(views, key_ptr="*fp16", value_ptr="*fp16", flag_ptr="*i32"),
             dict(PAGES=128 // page.tokens, SHAPE=shape),
             triton_quantize.quantize_options(shape),
-            page.tokens,
-            page.tokens * 2 * head_dim * 2 + page.num_bytes,
+            tokens,
+            num_bytes=0 if has_loop else tokens * 2 * head_dim * 2 + page.num_bytes,
         )
+        if page.boosted:
+            boost = dict(PAGES=128 // page.tokens, SHAPE=shape)
+            for name, kernel, pointers in (
+                (f"list-{tag}", triton_boosted_keys.list_boosted_fwd_kernel, dict(bytes_ptr="*u8")),
+                (f"boost-{tag}", triton_boosted_keys.boost_fwd_kernel, views),
+            ):
+                pointers = dict(pointers, key_ptr="*fp16")
+                yield KernelCase(name, kernel, pointers, boost, triton_quantize.BOOST_OPTIONS)
         if tag not in BASIC:
             continue
         yield KernelCase(
@@ -135,7 +158,7 @@ def cases(target: str) -> Iterator[KernelCase]:
             dict(heads, **rule, HEAD_DIM=head_dim, PADDED=device.narrow, TAIL_ROWS=128, SINKS=4),
             triton_launch.TAIL,
             triton_decode.TAIL_TILE.value,
-            triton_decode.TAIL_TILE.value * 2 * head_dim * 2,
+            num_bytes=triton_decode.TAIL_TILE.value * 2 * head_dim * 2,
         )
         yield KernelCase(
             f"merge-{tag}",
@@ -176,21 +199,22 @@ def read_cuda(case: KernelCase, target: str, ptx: str, cubin: bytes) -> MachineC
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = sass_instructions(_tool("nvdisasm", "-c", file.name))
     loop = main_loop(code)
-    looked_at = loop or [instruction.opcode for instruction in code]
+    looked_at = loop_passes(loop, case.passes) if loop else [instruction.opcode for instruction in code]
+    tokens = case.passes * case.tokens
     warps = case.options["num_warps"]
     bound = None
     if case.num_bytes:
-        bound = static_bound(looked_at, ASSUMED_DEVICES[target], warps=warps, num_bytes=case.num_bytes)
+        bound = static_bound(looked_at, ASSUMED_DEVICES[target], warps=warps, num_bytes=case.passes * case.num_bytes)
     return MachineCode(
         name=case.name,
         target=target,
         registers=max(int(count) for count in re.findall(r"\bREG:(\d+)", usage)),
         spills=sum(instruction.opcode.startswith(("LDL", "STL")) for instruction in code),
         loop=len(loop),
-        instructions_per_token_head=len(looked_at) * warps / case.tokens if case.tokens else None,
+        instructions_per_token_head=len(looked_at) * warps / tokens if tokens else None,
         static_bound=bound,
         unpack_asm=ptx.count("0x3C003C00"),
-        opcodes=dict(Counter(looked_at)),
+        opcodes=dict(Counter(opcode for _, opcode, _ in loop or code)),
     )
 
 

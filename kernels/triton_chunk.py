@@ -21,6 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kvferry.kernels.packed import PackedPrefix
+from kvferry.kernels.triton_boost import (
+    DEPTH,
+    KEY_ROW,
+    boosted_queries,
+    boosted_scores,
+    load_boost_words,
+    no_boosted_queries,
+)
 from kvferry.kernels.triton_launch import Device, chunk_options
 from kvferry.kernels.triton_page import UNIT, page_shape
 from kvferry.kernels.triton_pieces import TILE
@@ -30,8 +38,6 @@ from kvferry.kernels.triton_unpack import fused_multiply_add, load_scales, unpac
 ROW_TILE = tl.constexpr(64)
 KEY_TILE = tl.constexpr(32)
 SINK_TILE = tl.constexpr(16)
-KEY_ROW = tl.constexpr(16)
-"""Tokens of the smallest key group."""
 
 
 @triton.constexpr_function
@@ -178,6 +184,7 @@ def chunk_attention_fwd_kernel(
     TILES: tl.constexpr = SHAPE.tiles
     KEY: tl.constexpr = SHAPE.keys
     VALUE: tl.constexpr = SHAPE.values
+    BOOST: tl.constexpr = SHAPE.boost
     WORDS: tl.constexpr = HEAD_DIM // 8
     LANES: tl.constexpr = num_lanes(HEAD_DIM)
     BLOCK_PAGES: tl.constexpr = BLOCK_TILES // TILES
@@ -197,6 +204,9 @@ def chunk_attention_fwd_kernel(
         q = tl.load(query_ptr + offset + lane_channel(i, HEAD_DIM)[None, :], mask=stored, other=0.0)
         queries = queries + (q.to(tl.float16),)
         acc = acc + (tl.zeros([ROW_TILE, LANES], tl.float32),)
+    if BOOST.channels > 0:
+        column = tl.arange(0, DEPTH)
+        boosted = no_boosted_queries(ROW_TILE, 1, KEY, BOOST)
     peak = tl.full([ROW_TILE], LOWEST, tl.float32)
     total = tl.zeros([ROW_TILE], tl.float32)
 
@@ -214,7 +224,8 @@ def chunk_attention_fwd_kernel(
     word = tl.arange(0, LANES // 2)
     if LANES // 2 > WORDS:
         word = tl.minimum(word, WORDS - 1)
-    for tile in tl.range(seen // TILE, num_tiles):
+    first_tile = seen // TILE
+    for tile in tl.range(first_tile, num_tiles):
         page = tile // TILES
         tile_of_page = tile % TILES
         block = tl.load(table_ptr + page // BLOCK_PAGES).to(tl.int64)
@@ -227,7 +238,15 @@ def chunk_attention_fwd_kernel(
         key_planes = load_planes(key_codes, word[:, None] * TILE + token[None, :], HEAD_DIM, KEY.planes)
         value_planes = load_planes(value_codes, token[:, None] * WORDS + word[None, :], HEAD_DIM, VALUE.planes)
         place = (tile_of_page * TILE + token) * HEAD_DIM  # in fp16 K or V
-        scores = tl.zeros([ROW_TILE, TILE], tl.float32)
+        if BOOST.channels > 0:
+            boost_words = load_boost_words(page_words, tile_of_page, column[:, None], token[None, :], BOOST, ASM)
+            if (tile_of_page == 0) | (tile == first_tile):
+                boosted = boosted_queries(
+                    query_ptr + offset, used[:, None], page_bytes, page_halves, 1, HEAD_DIM, KEY, BOOST, ASM
+                )
+            scores = boosted_scores(boost_words, boosted, token[None, :], 1, KEY, BOOST, ASM)
+        else:
+            scores = tl.zeros([ROW_TILE, TILE], tl.float32)
         for i in tl.static_range(4):
             if KEY.planes > 0:
                 key = key_quarter(key_planes, page_bytes, page_halves, i, HEAD_DIM, KEY, ASM)

@@ -206,6 +206,7 @@ def decode_attention(
     rows, query_heads, head_dim = query.shape
     pool = batch.layout.layer_pages(batch.pool, layer)
     heads = pool.shape[1]
+    shape = page_shape(batch.layout.layers[layer].page)
     block_tiles = batch.layout.block_size // TILE.value
     sinks = batch.sinks.shape[-2]
     group = query_heads // heads
@@ -237,12 +238,12 @@ def decode_attention(
             HEADS=heads,
             GROUP=group,
             PADDED=padded,
-            SHAPE=page_shape(batch.layout.layers[layer].page),
+            SHAPE=shape,
             BLOCK_TILES=block_tiles,
             SINKS=sinks,
             **rule,
             ASM=device.asm,
-            **packed_options(device, head_dim, padded),
+            **packed_options(device, shape, padded),
         )
     tails = batch.tails[:, layer]
     sink_rows = batch.sinks[:, layer]

@@ -30,7 +30,7 @@ class TritonKernels:
     behind their first two dimensions, block or slot and layer.
     """
 
-    name = "triton/2"
+    name = "triton/3"
 
     def __init__(self) -> None:
         self._device = current_device()

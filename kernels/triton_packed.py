@@ -24,6 +24,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvferry.kernels.triton_boost import (
+    DEPTH,
+    KEY_ROW,
+    boosted_queries,
+    boosted_scores,
+    load_boost_words,
+    no_boosted_queries,
+)
 from kvferry.kernels.triton_pieces import TILE, first_seen, skipped_tiles, tiles_per_piece
 from kvferry.kernels.triton_score import LOWEST, log2_scores
 from kvferry.kernels.triton_unpack import (
@@ -36,11 +44,6 @@ from kvferry.kernels.triton_unpack import (
     selected_half_of_pair,
     unpack_planes,
 )
-
-DEPTH = tl.constexpr(16)
-"""Depth of one tensor-core step."""
-KEY_ROW = tl.constexpr(16)
-"""Tokens of the smallest key group."""
 
 
 @triton.constexpr_function
@@ -221,16 +224,16 @@ def key_scales(scales, zeros, high, step: tl.constexpr, HEAD_DIM: tl.constexpr, 
 
 @triton.jit
 def packed_scores(
-    parts, words_ptr, pairs_ptr, queries, column, token,
-    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, KEY: tl.constexpr, ASM: tl.constexpr,
+    parts, words_ptr, pairs_ptr, queries, column, token, scores,
+    HEAD_DIM: tl.constexpr, KEY: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [TILE, PADDED] of a tile's words, as `load_key_words` loaded them; words_ptr and pairs_ptr: the page."""
+    """fp32 [TILE, PADDED] of a tile's words, as `load_key_words` loaded them, added to `scores`; words_ptr and
+    pairs_ptr: the page."""
     STEPS: tl.constexpr = num_steps(HEAD_DIM, KEY.planes)
     high = byte_of(column, HEAD_DIM) > 0
     scales, zeros = load_key_pairs(words_ptr, pairs_ptr, column, 0, HEAD_DIM, KEY)
     if KEY.group == KEY_ROW:
         later_scales, later_zeros = load_key_pairs(words_ptr, pairs_ptr, column, 1, HEAD_DIM, KEY)
-    scores = tl.zeros([TILE, PADDED], tl.float32)
     for step in tl.static_range(STEPS):
         scale, zero = key_scales(scales, zeros, high, step, HEAD_DIM, KEY, ASM)
         if KEY.group == KEY_ROW:
@@ -248,10 +251,9 @@ def packed_scores(
 
 
 @triton.jit
-def half_scores(halves_ptr, queries, column, token, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
-    """fp32 [TILE, PADDED] of fp16 keys [TILE, D]."""
+def half_scores(halves_ptr, queries, column, token, scores, HEAD_DIM: tl.constexpr):
+    """fp32 [TILE, PADDED] of fp16 keys [TILE, D], added to `scores`."""
     STEPS: tl.constexpr = num_steps(HEAD_DIM, 0)
-    scores = tl.zeros([TILE, PADDED], tl.float32)
     for step in tl.static_range(STEPS):
         key = tl.load(halves_ptr + token[:, None] * HEAD_DIM + step * DEPTH + column[None, :])
         scores = tl.dot(key, queries[step], scores)
@@ -335,6 +337,7 @@ def packed_attention_fwd_kernel(
     TILES: tl.constexpr = SHAPE.tiles
     KEY: tl.constexpr = SHAPE.keys
     VALUE: tl.constexpr = SHAPE.values
+    BOOST: tl.constexpr = SHAPE.boost
     STEPS: tl.constexpr = num_steps(HEAD_DIM, VALUE.planes)
     FOLD_SCALES: tl.constexpr = VALUE.planes > 0 and has_even_groups(HEAD_DIM, VALUE.group, VALUE.planes)
 
@@ -357,6 +360,8 @@ def packed_attention_fwd_kernel(
     used = member < GROUP
     query_row = query_ptr + ((row * HEADS + head) * GROUP + member[None, :]) * HEAD_DIM
     queries = load_queries(query_row, column, used, HEAD_DIM, KEY.planes)
+    if BOOST.channels > 0:
+        boosted = no_boosted_queries(PADDED, 0, KEY, BOOST)
     acc = ()
     for _ in tl.static_range(STEPS):
         acc = acc + (tl.zeros([DEPTH, PADDED], tl.float32),)
@@ -380,6 +385,8 @@ def packed_attention_fwd_kernel(
         if KEY.planes > 0:
             codes = page_words + KEY.codes // 2 + tile_of_page * (KEY.planes * HEAD_DIM // 8 * TILE)
             key_parts = load_key_words(codes, column, token, HEAD_DIM, KEY.planes, ASM)
+        if BOOST.channels > 0:
+            boost_words = load_boost_words(page_words, tile_of_page, column[None, :], token[:, None], BOOST, ASM)
         if VALUE.planes > 0:
             codes = page_words + VALUE.codes // 2 + tile_of_page * (VALUE.planes * HEAD_DIM // 8 * TILE)
             value_parts = load_value_words(codes, column, token, HEAD_DIM, VALUE.planes, ASM)
@@ -387,13 +394,21 @@ def packed_attention_fwd_kernel(
             if FOLD_SCALES:
                 summed = load_summed_scales(page_bytes, page_halves, tile_of_page, token, TILES, VALUE, ASM)
 
+        if BOOST.channels > 0:
+            if (tile_of_page == 0) | (tile == first):
+                boosted = boosted_queries(
+                    query_row, used[None, :], page_bytes, page_halves, 0, HEAD_DIM, KEY, BOOST, ASM
+                )
+            scores = boosted_scores(boost_words, boosted, token[:, None], 0, KEY, BOOST, ASM)
+        else:
+            scores = tl.zeros([TILE, PADDED], tl.float32)
         if KEY.planes > 0:
             scores = packed_scores(
-                key_parts, page_words, page_pairs, queries, column, token, HEAD_DIM, PADDED, KEY, ASM
+                key_parts, page_words, page_pairs, queries, column, token, scores, HEAD_DIM, KEY, ASM
             )
         else:
             keys = page_halves + KEY.codes // 2 + tile_of_page * (TILE * HEAD_DIM)
-            scores = half_scores(keys, queries, column, token, HEAD_DIM, PADDED)
+            scores = half_scores(keys, queries, column, token, scores, HEAD_DIM)
         if SOFTCAP > 0:
             scores = log2_scores(scores, scale_log2, SOFTCAP)
         if SINKS > 0 or WINDOW > 0:

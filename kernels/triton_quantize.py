@@ -16,101 +16,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvferry.kernels import reference, scales
 from kvferry.kernels.page import PageFormat
 from kvferry.kernels.spec import PAGE as TILE_TOKENS
+from kvferry.kernels.triton_boosted_keys import boost_fwd_kernel, is_listed, list_boosted_fwd_kernel
+from kvferry.kernels.triton_fit import MAX_FOLDED, boosted_widths, code_widths, fit_groups, pack_words, power_of_two
 from kvferry.kernels.triton_page import PageShape, page_shape
 
 TILE = tl.constexpr(TILE_TOKENS)
-FIT_STEPS = tl.constexpr(reference.FIT_STEPS)
-MIN_FOLDED_SCALE = tl.constexpr(scales.MIN_FOLDED_SCALE)
-MAX_FOLDED = tl.constexpr(scales.MAX_FOLDED)
-MAX_BYTE_SCALE = tl.constexpr(scales.MAX_BYTE_SCALE)
-LIMIT = tl.constexpr(reference.LIMIT)
-FOLD = tl.constexpr(scales.FOLD)
-ROUNDER = tl.constexpr(12582912.0)
-"""1.5 * 2**23: adding and subtracting it rounds a small fp32 number to the nearest integer, ties to even."""
 VALUES_PER_WARP = 1024
 """Of a tile; a thread has several fp32 copies of its share."""
 MAX_WARPS = 8
 """More leave a thread of CUDA fewer registers than ptxas needs without a spill."""
+VALUES = tl.constexpr(VALUES_PER_WARP * MAX_WARPS)
+"""The most values of K that are fitted at once."""
 
 
 @triton.constexpr_function
-def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
-
-
-@triton.jit
-def nearest_codes(x, scale, zero, TOP: tl.constexpr):
-    inverse = 1.0 / tl.maximum(scale, MIN_FOLDED_SCALE / FOLD)
-    y = (x - zero[:, None]) * inverse[:, None]
-    return (tl.minimum(tl.maximum(y, 0.0), TOP) + ROUNDER) - ROUNDER
-
-
-@triton.jit
-def round_scale(scale, zero, TENSOR: tl.constexpr):
-    """As stored, and as fp32 S. Twin: `scales.round_scale`."""
-    folded = scale * FOLD
-    if TENSOR.byte_scales:
-        needed = tl.abs(zero) * (1.0 / (127.0 * TENSOR.zero_step))
-        half = tl.minimum(tl.maximum(tl.maximum(folded, needed), MIN_FOLDED_SCALE), MAX_BYTE_SCALE).to(tl.float16)
-        bits = half.to(tl.int16, bitcast=True)
-        stored = (bits + 63 + ((bits >> 7) & 1)) >> 7
-        wide = (stored << 7).to(tl.float16, bitcast=True).to(tl.float32)
-        return stored.to(tl.uint8), wide
-    else:
-        stored = tl.minimum(tl.maximum(folded, MIN_FOLDED_SCALE), MAX_FOLDED).to(tl.float16)
-        return stored, stored.to(tl.float32)
-
-
-@triton.jit
-def round_zero(zero, wide_scale, TENSOR: tl.constexpr):
-    """As stored, and as fp32 zero point. Twin: `scales.round_zero`."""
-    if TENSOR.byte_scales:
-        step = wide_scale * TENSOR.zero_step
-        steps = (tl.minimum(tl.maximum(zero / step, -128.0), 127.0) + ROUNDER) - ROUNDER
-        return (steps.to(tl.int32) & 255).to(tl.uint8), steps * step
-    else:
-        offset = wide_scale * TENSOR.offset
-        stored = tl.minimum(tl.maximum(zero - offset, -MAX_FOLDED), MAX_FOLDED).to(tl.float16)
-        return stored, stored.to(tl.float32) + offset
-
-
-@triton.jit
-def fit_groups(x, valid, TENSOR: tl.constexpr):
-    """Codes (int32 [rows, n]), scale and zero point as stored ([rows]). Twin: `reference.fit_groups`.
-
-    `valid` is [rows, n], or [1, n] where it is the same for all rows, which saves registers.
-    """
-    TOP: tl.constexpr = (1 << TENSOR.bits) - 1
-    x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
-    weight = valid.to(tl.float32)
-    members = tl.sum(weight, axis=1)
-    count = tl.maximum(members, 1.0)
-    lo = tl.min(tl.where(valid, x, float("inf")), axis=1)
-    hi = tl.max(tl.where(valid, x, -float("inf")), axis=1)
-    lo = tl.where(members > 0, lo, 0.0)
-    hi = tl.where(members > 0, hi, 0.0)
-    scale = (hi - lo) * TENSOR.first_scale
-    zero = (lo + hi) * 0.5 - (TOP / 2) * scale
-    mean_x = tl.sum(x * weight, axis=1) / count
-    deviation = x - mean_x[:, None]
-    deviations = tl.sum(deviation * weight, axis=1)
-    for _ in tl.static_range(FIT_STEPS):
-        codes = nearest_codes(x, scale, zero, TOP) * weight
-        sum_c = tl.sum(codes, axis=1)
-        mean_c = sum_c / count
-        spread = count * tl.sum(codes * codes, axis=1) - sum_c * sum_c
-        covariance = tl.sum(codes * deviation, axis=1) - mean_c * deviations
-        scale = tl.where(spread > 0, covariance * count / tl.maximum(spread, 1.0), scale)
-        zero = mean_x - scale * mean_c
-    stored_scale, wide = round_scale(scale, zero, TENSOR)
-    stored_zero, zero = round_zero(mean_x - wide / FOLD * mean_c, wide, TENSOR)
-    codes = nearest_codes(x, wide / FOLD, zero, TOP) * weight
-    empty = members == 0
-    return codes.to(tl.int32), tl.where(empty, 0, stored_scale), tl.where(empty, 0, stored_zero)
+def fit_lanes(head_dim: int, group: int) -> int:
+    """Channels of each quarter that are fitted at once: the rest follow."""
+    return int(min(power_of_two(head_dim // 4), VALUES // 4 // group))
 
 
 @triton.jit
@@ -142,40 +66,42 @@ def quantize_keys(
     flag_ptr,
     SHAPE: tl.constexpr,
 ):
-    """Row of the tile: channel, in quarters that are padded to powers of two; column: token of a group. Channel
-    f * D/4 + 2 j + h is in bits 2 f + 8 h of word j."""
+    """Row of the tile: channel, of some lanes of every quarter, padded to powers of two; column: token of a group."""
     KEY: tl.constexpr = SHAPE.keys
+    BOOST: tl.constexpr = SHAPE.boost
     HEAD_DIM: tl.constexpr = SHAPE.head_dim
     WORDS: tl.constexpr = HEAD_DIM // 8
     QUARTER: tl.constexpr = HEAD_DIM // 4
-    LANES: tl.constexpr = power_of_two(QUARTER)
     GROUP: tl.constexpr = KEY.group
     GROUPS: tl.constexpr = KEY.groups
     PLANES: tl.constexpr = KEY.planes
+    LANES: tl.constexpr = fit_lanes(HEAD_DIM, GROUP)
     quarter = tl.arange(0, 4 * LANES) // LANES
-    lane = tl.arange(0, 4 * LANES) % LANES
-    exists = lane < QUARTER
-    channel = quarter * QUARTER + lane
-    shift = quarter * 2 + lane % 2 * 8
-    word = tl.arange(0, LANES // 2)
-    for group in tl.static_range(GROUPS):
-        token = group * GROUP + tl.arange(0, GROUP)
-        x = tl.load(page_ptr + token[None, :] * token_stride + channel[:, None], mask=exists[:, None], other=0.0)
-        x = x.to(tl.float32)
-        flag_not_finite(flag_ptr, x)
-        valid = (first_token + token >= sink_tokens)[None, :]
-        codes, scale, zero = fit_groups(x, valid, KEY)
-        store_scales(bytes_ptr, halves_ptr, group * HEAD_DIM + channel, scale, zero, exists, KEY)
-        for plane in tl.static_range(PLANES):
-            fields = (codes >> (2 * plane) & 3) << shift[:, None]
-            pairs = tl.sum(tl.reshape(fields, [4, LANES, GROUP]), axis=0)
-            words = tl.sum(tl.reshape(pairs, [LANES // 2, 2, GROUP]), axis=1)
-            place = (token // TILE * PLANES + plane) * (WORDS * TILE) + token % TILE
-            tl.store(
-                words_ptr + KEY.codes // 2 + word[:, None] * TILE + place[None, :],
-                words.to(tl.int16),
-                mask=(word < WORDS)[:, None],
-            )
+    for begin in tl.range(0, QUARTER, LANES):
+        lane = begin + tl.arange(0, 4 * LANES) % LANES
+        exists = lane < QUARTER
+        channel = quarter * QUARTER + lane
+        word = begin // 2 + tl.arange(0, LANES // 2)
+        if BOOST.channels > 0:
+            widths = boosted_widths(is_listed(bytes_ptr, channel, BOOST), KEY, BOOST)
+        else:
+            widths = code_widths(4 * LANES, KEY)
+        for group in tl.static_range(GROUPS):
+            token = group * GROUP + tl.arange(0, GROUP)
+            pointers = page_ptr + token[None, :] * token_stride + channel[:, None]
+            x = tl.load(pointers, mask=exists[:, None], other=0.0).to(tl.float32)
+            flag_not_finite(flag_ptr, x)
+            valid = (first_token + token >= sink_tokens)[None, :]
+            codes, scale, zero = fit_groups(x, valid, widths, KEY)
+            store_scales(bytes_ptr, halves_ptr, group * HEAD_DIM + channel, scale, zero, exists, KEY)
+            for plane in tl.static_range(PLANES):
+                words = pack_words(codes >> (2 * plane) & 3, quarter, lane, LANES)
+                place = (token // TILE * PLANES + plane) * (WORDS * TILE) + token % TILE
+                tl.store(
+                    words_ptr + KEY.codes // 2 + word[:, None] * TILE + place[None, :],
+                    words,
+                    mask=(word < WORDS)[:, None],
+                )
 
 
 @triton.jit
@@ -215,7 +141,7 @@ def quantize_values(
         x = tl.load(page_ptr + token[:, None] * token_stride + channel, mask=exists, other=0.0).to(tl.float32)
         flag_not_finite(flag_ptr, x)
         valid = (first_token + token >= sink_tokens)[:, None] & exists
-        codes, scale, zero = fit_groups(x, valid, VALUE)
+        codes, scale, zero = fit_groups(x, valid, code_widths(TILE * GROUPS, VALUE), VALUE)
         place = (tile * VALUE.groups + group) * TILE + row // GROUPS
         store_scales(bytes_ptr, halves_ptr, place, scale, zero, group < VALUE.groups, VALUE)
         for plane in tl.static_range(PLANES):
@@ -303,6 +229,10 @@ def quantize_fwd_kernel(
             quantize_values(value_ptr, value_token_stride, first, sink_tokens, bytes_ptr, halves_ptr, flag_ptr, SHAPE)
 
 
+BOOST_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+"""Of the kernels for boosted channels."""
+
+
 def quantize_options(shape: PageShape) -> dict[str, Any]:
     """Launch options. No fused multiply-add: the reference has none."""
     keys = power_of_two(shape.head_dim) * (shape.keys.group if shape.keys.planes else TILE_TOKENS)
@@ -321,15 +251,20 @@ def quantize_block(
     """
     heads, pages, _ = out.shape
     shape = page_shape(page)
+    words, halves = out.view(torch.int16), out.view(torch.float16)
+    strides = keys.stride(0), keys.stride(1)
+    if page.boosted:
+        list_boosted_fwd_kernel[(pages, heads)](
+            keys, out, *strides, sink_tokens, PAGES=pages, SHAPE=shape, **BOOST_OPTIONS
+        )
     quantize_fwd_kernel[(pages, heads, 2)](
         keys,
         values,
         out,
-        out.view(torch.int16),
-        out.view(torch.float16),
+        words,
+        halves,
         flag,
-        keys.stride(0),
-        keys.stride(1),
+        *strides,
         values.stride(0),
         values.stride(1),
         sink_tokens,
@@ -337,3 +272,7 @@ def quantize_block(
         SHAPE=shape,
         **quantize_options(shape),
     )
+    if page.boosted:
+        boost_fwd_kernel[(pages, heads)](
+            keys, out, words, halves, *strides, sink_tokens, PAGES=pages, SHAPE=shape, **BOOST_OPTIONS
+        )

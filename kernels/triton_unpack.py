@@ -37,6 +37,24 @@ def high_byte_asm() -> str:
     return "shr.u32 $0, $1, 8;"
 
 
+@triton.constexpr_function
+def move_down_asm() -> str:
+    """PTX that shifts two 16-bit words down by $2, given twice; what comes in from above is undefined."""
+    # "wrap" looks at five bits of the shift, that is at the lower one.
+    return "shf.r.wrap.b32 $0, $1, $1, $2;"
+
+
+@triton.jit
+def move_down(words, shift, ASM: tl.constexpr):
+    """int16 words >> shift, which is the same for words that share a register; upper bits are undefined."""
+    shift = shift.to(tl.int16).broadcast_to(words.shape)
+    if ASM:
+        return tl.inline_asm_elementwise(
+            move_down_asm(), "=r,r,r", [words, shift], dtype=tl.int16, is_pure=True, pack=2
+        )
+    return words >> shift
+
+
 @triton.jit
 def unpack(words, field: tl.constexpr, ASM: tl.constexpr):
     """int16 words -> fp16 1 + code/4 of one field."""
@@ -150,15 +168,18 @@ def byte_scale(words, SECOND: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def biased_byte(words, SECOND: tl.constexpr, ASM: tl.constexpr):
+    """int16, one byte of which is a signed b -> fp16 1152 + b."""
+    if ASM:
+        return tl.inline_asm_elementwise(byte_zero_asm(SECOND), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    moved = words >> 8 if SECOND else words
+    return ((moved & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def byte_zero(words, scale, SECOND: tl.constexpr, TENSOR: tl.constexpr, ASM: tl.constexpr):
     """int16, one byte of which is a zero point -> fp16 Z for the scale S: S * (b * zero_step - F)."""
-    if ASM:
-        biased = tl.inline_asm_elementwise(
-            byte_zero_asm(SECOND), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
-        )
-    else:
-        moved = words >> 8 if SECOND else words
-        biased = ((moved & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True)
+    biased = biased_byte(words, SECOND, ASM)
     return (biased * TENSOR.zero_step - (1152.0 * TENSOR.zero_step + TENSOR.offset)) * scale
 
 

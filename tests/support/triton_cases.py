@@ -22,6 +22,7 @@ from torch import Tensor
 from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.packed import DecodeBatch, PackedPrefix
 from kvferry.kernels.page import Packed, PageFormat
+from kvferry.kernels.presets import PRESETS
 from kvferry.kernels.reference import ReferenceKernels, dequantize_pages, quantize_pages
 from kvferry.kernels.spec import KVQuantSpec, LayerSpec, TensorSpec
 
@@ -34,11 +35,16 @@ CPU = torch.device("cpu")
 
 
 def layer_spec(text: str) -> LayerSpec:
-    """ "4/64/8bit 2/32/fp16": bits, group and scales of K, then of V; "16" alone is fp16."""
+    """ "4/64/8bit/6 2/32/fp16": bits, group, scales and boost of K, then of V; "16" alone is fp16, and the name of a
+    preset its layers."""
+    if text in PRESETS:
+        return PRESETS[text].layer
     sides = []
     for side in text.split():
         bits, *rest = side.split("/")
-        sides.append(TensorSpec(bits=int(bits), **(dict(group_size=int(rest[0]), scales=rest[1]) if rest else {})))
+        names: Any = dict(zip(("group_size", "scales", "boost"), rest, strict=False))
+        numbers = {name: value if name == "scales" else int(value) for name, value in names.items()}
+        sides.append(TensorSpec(bits=int(bits), **numbers))
     return LayerSpec(key=sides[0], value=sides[1])
 
 
@@ -71,7 +77,10 @@ def assert_same_pages(got: Tensor, wanted: Tensor, page: PageFormat) -> None:
         if not isinstance(a, Packed) or not isinstance(b, Packed):
             assert isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b), side
             continue
-        for name, x, y in zip(Packed._fields, a, b, strict=True):
+        if a.channels is not None and b.channels is not None:
+            assert torch.equal(a.channels, b.channels)
+            assert page.channels_are_sound(got)
+        for name, x, y in zip(("codes", "scale", "zero"), a[:3], b[:3], strict=True):
             differ = (x != y).float().mean().item()
             limit = 1e-3 * 4 ** (tensor.bits // 2 - 1) if name == "codes" else 1e-2
             assert differ <= limit, f"{side} {name}: {differ:.2%} differ"
@@ -114,6 +123,19 @@ def check_quantize_constant(device: torch.device, *, head_dim: int) -> None:
     torch.testing.assert_close(unpacked_values, values.float(), rtol=1e-3, atol=1e-4)
 
 
+def check_quantize_equal_ranges(device: torch.device) -> None:
+    """Of channels of one range the first are boosted; that of sinks does not count."""
+    page = PageFormat(64, layer_spec("kv2"))
+    keys = torch.arange(128.0).remainder(7).view(1, 128, 1).expand(1, 128, 64).clone()
+    keys[:, :, 40:50] *= 2
+    keys[:, :4, 30] = 1000.0
+    got, wanted = quantize_both(keys.half(), keys.half(), page, device, sink_tokens=4)
+    assert_same_pages(got, wanted, page)
+    keys, _ = page.split(got)
+    assert isinstance(keys, Packed) and keys.channels is not None
+    assert keys.channels.flatten().tolist() == [*range(14), *range(40, 50)]
+
+
 def check_quantize_strided(device: torch.device) -> None:
     page = PageFormat(64, LayerSpec())
     tokens_first = torch.randn(32, 2, 2, 64, generator=torch.Generator().manual_seed(0)).half()
@@ -124,10 +146,10 @@ def check_quantize_strided(device: torch.device) -> None:
 
 def check_quantize_refuses(device: torch.device, *, bad: float, in_keys: bool, form: str = PLAIN) -> None:
     page = PageFormat(64, layer_spec(form))
-    keys = torch.ones(2, 64, 64).half()
-    values = torch.ones(2, 64, 64).half()
+    keys = torch.ones(2, 128, 64).half()
+    values = torch.ones(2, 128, 64).half()
     (keys if in_keys else values)[1, 63, 63] = bad
-    out = torch.empty(2, 64 // page.tokens, page.num_bytes, dtype=torch.uint8, device=device)
+    out = torch.empty(2, 128 // page.tokens, page.num_bytes, dtype=torch.uint8, device=device)
     with pytest.raises(ValueError, match="not finite"):
         triton_kernels().quantize_block(keys.to(device), values.to(device), page, sink_tokens=0, out=out)
 
@@ -149,6 +171,9 @@ def random_pool(layout: BlockLayout, blocks: int, *, key_factor: float = 1.0, va
     values = torch.randn(shape, generator=generator) * value_factor + 0.5 * value_factor
     pool = torch.full((blocks, layout.block_bytes), 255, dtype=torch.uint8)
     page = layout.layers[LAYER].page
+    if page.boosted:
+        keys[..., 1::3] *= 3  # channels to boost
+        keys[..., 4::9] += 6 * key_factor
     layout.layer_pages(pool, LAYER).copy_(quantize_pages(keys.half(), values.half(), page))
     return pool
 
@@ -261,11 +286,11 @@ def small_pieces() -> Iterator[None]:
         triton_pieces.MIN_PIECE, triton_pieces.MAX_PIECES = old
 
 
-def check_pieces_grow(device: torch.device, *, rule: Rule = NO_RULE) -> None:
+def check_pieces_grow(device: torch.device, *, rule: Rule = NO_RULE, **options: Any) -> None:
     """Contexts beyond the most pieces, with fewer pieces than the kernels are built for."""
     with small_pieces():
         contexts = [(list(range(5)), 3), ([5, 6], 1), ([7], 1)]
-        check_decode(device, head_dim=64, group=2, contexts=contexts, rule=rule)
+        check_decode(device, head_dim=64, group=2, contexts=contexts, rule=rule, **options)
 
 
 def check_window_skips(device: torch.device) -> None:
@@ -312,7 +337,7 @@ def run_chunk(
     rule: Rule = NO_RULE,
 ) -> tuple[Tensor, Tensor]:
     """Result of the first `rows` tokens of a chunk of n, and the reference's."""
-    layout = make_layout(head_dim, 2, form=form, block_size=64)
+    layout = make_layout(head_dim, 2, form=form, block_size=max(64, layer_spec(form).page_tokens))
     generator = torch.Generator().manual_seed(4)
     query = torch.randn(2 * group, n, head_dim, generator=generator)[:, :rows]
     keys = torch.randn(2, n, head_dim, generator=generator).half()[:, :rows]
@@ -356,6 +381,19 @@ FORMS = {
     "k2g64-v16": "2/64/8bit 16",
     "k16-v16": "16 16",
 }
+BOOSTED = {
+    "kv2-d64": (64, "kv2"),
+    "kv2-d128": (128, "kv2"),
+    "kv4-d64": (64, "kv4"),
+    "kv4-d128": (128, "kv4"),
+    "boost15-d80": (80, "2/32/fp16/15 2/128/fp16"),
+    "boost9-on-4-bits-d64": (64, "4/32/fp16/9 2/32/fp16"),
+    "boost5-in-rows-of-16-d48": (48, "4/16/8bit/5 2/128/8bit"),
+    "boost15-in-rows-of-16-d64": (64, "2/16/fp16/15 16"),
+    "boost12-d256": (256, "2/128/8bit/12 2/128/8bit"),
+    "k2g128-v4g128-d128": (128, "2/128/fp16 4/128/fp16"),
+}
+"""Head dimension and format: boosted channels of every number of words, and groups of 128."""
 HEAD_DIMS = {
     80: "2/32/fp16 2/32/8bit",
     96: "4/16/8bit 2/64/fp16",
@@ -379,6 +417,11 @@ CASES: dict[str, Callable[[torch.device], None]] = {
         f"quantize-d{head_dim}": partial(check_quantize, head_dim=head_dim, form=form, heads=1)
         for head_dim, form in HEAD_DIMS.items()
     },
+    **{
+        f"quantize-{name}": partial(check_quantize, head_dim=head_dim, form=form, tokens=128, heads=1, sink_tokens=4)
+        for name, (head_dim, form) in BOOSTED.items()
+    },
+    "quantize-kv2-equal-ranges": check_quantize_equal_ranges,
     "quantize-huge-bytes": partial(check_quantize, head_dim=64, form=FORMS["bytes"], factor=8000.0),
     "quantize-16-sinks-of-16": partial(check_quantize, head_dim=64, form=FORMS["k2g16"], sink_tokens=16),
     "quantize-constant-d64": partial(check_quantize_constant, head_dim=64),
@@ -387,6 +430,7 @@ CASES: dict[str, Callable[[torch.device], None]] = {
     "quantize-nan-key-refused": partial(check_quantize_refuses, bad=torch.nan, in_keys=True),
     "quantize-nan-value-refused": partial(check_quantize_refuses, bad=torch.nan, in_keys=False),
     "quantize-nan-fp16-refused": partial(check_quantize_refuses, bad=torch.nan, in_keys=False, form="16 16"),
+    "quantize-nan-boosted-key-refused": partial(check_quantize_refuses, bad=torch.nan, in_keys=True, form="kv2"),
     "quantize-infinite-key-refused": partial(check_quantize_refuses, bad=-torch.inf, in_keys=True),
     **{
         f"decode-d{head_dim}-group{group}": partial(check_decode, head_dim=head_dim, group=group)
@@ -424,6 +468,15 @@ CASES: dict[str, Callable[[torch.device], None]] = {
         f"decode-d{head_dim}-plain": partial(check_decode, head_dim=head_dim, group=1, contexts=[([1, 0], 5)])
         for head_dim in HEAD_DIMS
     },
+    **{
+        f"decode-{name}": partial(
+            check_decode, head_dim=head_dim, group=2, form=form, block_size=128, contexts=[([1, 0], 3)]
+        )
+        for name, (head_dim, form) in BOOSTED.items()
+    },
+    "decode-kv2-window": partial(
+        check_decode, head_dim=64, group=3, form="kv2", block_size=128, contexts=[([1, 0], 3)], rule=Rule(100)
+    ),
     "decode-d144-fp16": partial(check_decode, head_dim=144, group=1, form="16 16", contexts=[([0], 5)]),
     "decode-d80-fp16": partial(check_decode, head_dim=80, group=1, form="16 16", contexts=[([0], 5)]),
     **{
@@ -465,6 +518,11 @@ CASES: dict[str, Callable[[torch.device], None]] = {
         f"chunk-d{head_dim}": partial(check_chunk, head_dim=head_dim, group=1, n=33, table=[1], form=form)
         for head_dim, form in HEAD_DIMS.items()
     },
+    **{
+        f"chunk-{name}": partial(check_chunk, head_dim=head_dim, group=2, n=5, table=[1, 0], form=form)
+        for name, (head_dim, form) in BOOSTED.items()
+    },
+    "chunk-kv2-window": partial(check_chunk, head_dim=64, group=3, n=50, table=[1, 0], form="kv2", rule=Rule(150)),
     "chunk-d80-fp16": partial(check_chunk, head_dim=80, group=1, n=5, table=[1], form="16 16"),
     **{
         f"chunk-window{window}": partial(check_chunk, head_dim=64, group=3, n=50, table=[2, 0], rule=Rule(window))
@@ -478,6 +536,7 @@ CASES: dict[str, Callable[[torch.device], None]] = {
 INTERPRETED_CASES = CASES | {
     "decode-pieces-grow": check_pieces_grow,
     "decode-window-pieces-grow": partial(check_pieces_grow, rule=Rule(window=70)),
+    "decode-kv2-pieces-within-pages": partial(check_pieces_grow, form="kv2", block_size=128),
 }
 
 
