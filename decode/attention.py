@@ -19,11 +19,23 @@ class DecodeStep:
         self._slots = batch.slots.long()
         self._positions = batch.tail_lens.long() - 1
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         n = self._slots.shape[0]
         tails = self._cache.tails
         tails[self._slots, layer, 0, :, self._positions] = key[:n].to(torch.float16)
         tails[self._slots, layer, 1, :, self._positions] = value[:n].to(torch.float16)
         out = torch.zeros_like(query)
-        out[:n] = self._kernels.decode_attention(query[:n], self._batch, layer=layer, scale=scale)
+        out[:n] = self._kernels.decode_attention(
+            query[:n], self._batch, layer=layer, scale=scale, window=window, softcap=softcap
+        )
         return out

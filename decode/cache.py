@@ -12,7 +12,7 @@ from kvferry.kernels.packed import DecodeBatch, PackedKernels
 class PackedCache:
     """Tensors only; who owns which block or slot is decided by `BlockPool` and the engine.
 
-    pool: uint8 [num_blocks, layer, kv_head, page, page_bytes]
+    pool: uint8 [num_blocks, block_bytes]
     sinks: fp16 [slot, layer, kv_head, K|V, sink_tokens, D]
     tails: fp16 [slot, layer, K|V, kv_head, block_size, D]
     """
@@ -30,7 +30,7 @@ class PackedCache:
         self.device = device
         self._kernels = kernels
         self._sinks_of_block: dict[int, Tensor] = {}
-        self.pool = torch.empty((num_blocks, *layout.pool_shape), dtype=torch.uint8, device=device)
+        self.pool = torch.empty((num_blocks, layout.block_bytes), dtype=torch.uint8, device=device)
         self.sinks = torch.zeros((num_slots, *layout.sink_shape), dtype=torch.float16, device=device)
         self.tails = torch.zeros((num_slots, *layout.tail_shape), dtype=torch.float16, device=device)
 
@@ -69,9 +69,11 @@ class PackedCache:
         Raises ValueError when K or V is not finite.
         """
         sink_tokens = self.layout.spec.sink_tokens if first else 0
-        for layer in range(self.layout.num_layers):
-            keys, values = self.tails[slot, layer]
-            self._kernels.quantize_block(keys, values, sink_tokens=sink_tokens, out=self.pool[block_id, layer])
+        block = self.pool[block_id]
+        for index, layer in enumerate(self.layout.layers):
+            keys, values = self.tails[slot, index]
+            out = self.layout.layer_pages(block, index)
+            self._kernels.quantize_block(keys, values, layer.page, sink_tokens=sink_tokens, out=out)
         if sink_tokens:
             self.sinks[slot].copy_(
                 self.tails[slot, :, :, :, :sink_tokens].transpose(1, 2)
@@ -94,6 +96,7 @@ class PackedCache:
             return torch.tensor(values, dtype=torch.int32).to(self.device)
 
         return DecodeBatch(
+            layout=self.layout,
             pool=self.pool,
             sinks=self.sinks,
             tails=self.tails,

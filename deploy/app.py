@@ -30,8 +30,8 @@ from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.settings import Settings
+from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
-from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore.backend import Backend
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
@@ -114,7 +114,7 @@ def model_config(settings: Settings) -> ModelConfig:
     return ModelConfig(
         model=settings.model,
         served_name=settings.served_model_name,
-        spec=KVQuantSpec(block_size=settings.block_size, sink_tokens=settings.sink_tokens),
+        spec=resolve_spec(settings.preset, block_size=settings.block_size, sink_tokens=settings.sink_tokens),
         device=settings.device,
         dtype=settings.dtype,
         kernels=settings.kernels,

@@ -113,7 +113,7 @@ class _PackedDecoder:
             on_error=self._on_error,
             on_released=self._reached.set,
         )
-        self._engine = DecodeEngine(runtime.loaded.model, kernels, cache)
+        self._engine = DecodeEngine(runtime.model, kernels, cache)
         self._started = False
         self._error: Exception | None = None
 

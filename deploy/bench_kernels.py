@@ -23,12 +23,14 @@ from rich.table import Table
 from torch import Tensor
 
 from kvferry.kernels.dispatch import select_kernels
-from kvferry.kernels.layout import PAGE, page_bytes
+from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.packed import DecodeBatch, PackedKernels, PackedPrefix
 from kvferry.kernels.reference import ReferenceKernels, dequantize_pages, quantize_pages
+from kvferry.kernels.spec import KVQuantSpec
 
-BLOCK_SIZE = 128
-SINK_TOKENS = 4
+SPEC = KVQuantSpec()
+BLOCK_SIZE = SPEC.block_size
+SINK_TOKENS = SPEC.sink_tokens
 CHUNK = 128
 """Tokens of the prefill chunk."""
 MEAN_TAIL = BLOCK_SIZE // 2
@@ -247,11 +249,13 @@ def _decode_case(kernels: PackedKernels, shape: Shape) -> _Case:
     """One decode step of one layer: sinks, T packed tokens, half a block of fp16 tokens. SDPA reads the same tokens."""
     batch_size, heads, group, dim, packed = shape.B, shape.Hkv, shape.G, shape.D, shape.T
     keys, values = _random_kv(batch_size, heads, packed + MEAN_TAIL, dim)
-    pool, blocks = _pool(kernels, keys[:, :, :packed], values[:, :, :packed])
+    layout = _layout(heads, dim)
+    pool, blocks = _pool(kernels, layout, keys[:, :, :packed], values[:, :, :packed])
     sinks = torch.stack([keys[:, :, :SINK_TOKENS], values[:, :, :SINK_TOKENS]], dim=2).unsqueeze(1).contiguous()
     tails = torch.zeros(batch_size, 1, 2, heads, BLOCK_SIZE, dim, dtype=torch.float16)
     tails[:, 0, 0, :, :MEAN_TAIL], tails[:, 0, 1, :, :MEAN_TAIL] = keys[:, :, packed:], values[:, :, packed:]
     batch = DecodeBatch(
+        layout=layout,
         pool=pool,
         sinks=sinks,
         tails=tails,
@@ -281,9 +285,10 @@ def _chunk_case(kernels: PackedKernels, shape: Shape) -> _Case:
     """A prefill chunk over T packed tokens. SDPA gets the query heads of a KV head as rows, and a mask of two parts."""
     heads, group, dim, packed = shape.Hkv, shape.G, shape.D, shape.T
     keys, values = _random_kv(1, heads, packed + CHUNK, dim)
-    pool, blocks = _pool(kernels, keys[:, :, :packed], values[:, :, :packed])
+    layout = _layout(heads, dim)
+    pool, blocks = _pool(kernels, layout, keys[:, :, :packed], values[:, :, :packed])
     sinks = torch.stack([keys[0, :, :SINK_TOKENS], values[0, :, :SINK_TOKENS]], dim=1).unsqueeze(0).contiguous()
-    prefix = PackedPrefix(pool=pool, table=torch.arange(blocks, dtype=torch.int32), sinks=sinks)
+    prefix = PackedPrefix(layout=layout, pool=pool, table=torch.arange(blocks, dtype=torch.int32), sinks=sinks)
     own_keys, own_values = keys[0, :, packed:].contiguous(), values[0, :, packed:].contiguous()
     query, scale = _random_query(heads * group, CHUNK, dim), dim**-0.5
     rows = query.view(1, heads, group * CHUNK, dim)
@@ -307,20 +312,21 @@ def _chunk_case(kernels: PackedKernels, shape: Shape) -> _Case:
 def _quantize_case(kernels: PackedKernels, shape: Shape) -> _Case:
     """K and V of T tokens of one layer, quantized with the fit and packed."""
     keys, values = (x[0] for x in _random_kv(1, shape.Hkv, shape.T, shape.D))
-    out = torch.empty(shape.Hkv, shape.T // PAGE, page_bytes(shape.D), dtype=torch.uint8)
+    page = _layout(shape.Hkv, shape.D).layers[0].page
+    out = torch.empty(shape.Hkv, shape.T // page.tokens, page.num_bytes, dtype=torch.uint8)
 
     def run() -> Tensor:
-        kernels.quantize_block(keys, values, sink_tokens=SINK_TOKENS, out=out)
+        kernels.quantize_block(keys, values, page, sink_tokens=SINK_TOKENS, out=out)
         return out
 
     def reference() -> Tensor:
-        return quantize_pages(keys, values, sink_tokens=SINK_TOKENS)
+        return quantize_pages(keys, values, page, sink_tokens=SINK_TOKENS)
 
     return _Case(
         shape=shape,
         kernels={"quantize": (kernels.name, run)},
         baselines={"reference": reference},
-        values=lambda pages: torch.stack(dequantize_pages(pages, shape.D)),
+        values=lambda pages: torch.stack(dequantize_pages(pages, page)),
         expected=reference,
         bytes_read=keys.nbytes + values.nbytes,
     )
@@ -356,19 +362,24 @@ def _random_query(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def _pool(kernels: PackedKernels, keys: Tensor, values: Tensor) -> tuple[Tensor, int]:
+def _layout(heads: int, dim: int) -> BlockLayout:
+    return BlockLayout(num_layers=1, num_kv_heads=heads, head_dim=dim, spec=SPEC)
+
+
+def _pool(kernels: PackedKernels, layout: BlockLayout, keys: Tensor, values: Tensor) -> tuple[Tensor, int]:
     """K and V [batch, heads, T, D] in a pool, sequence after sequence, and the number of blocks of each."""
-    batch, heads, tokens, dim = keys.shape
+    batch, _, tokens, _ = keys.shape
     blocks = tokens // BLOCK_SIZE
-    pool = torch.empty(batch * blocks, 1, heads, BLOCK_SIZE // PAGE, page_bytes(dim), dtype=torch.uint8)
+    pool = torch.empty(batch * blocks, layout.block_bytes, dtype=torch.uint8)
     for index in range(batch * blocks):
         sequence, block = divmod(index, blocks)
         part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
         kernels.quantize_block(
             keys[sequence, :, part],
             values[sequence, :, part],
+            layout.layers[0].page,
             sink_tokens=0 if block else SINK_TOKENS,
-            out=pool[index, 0],
+            out=layout.layer_pages(pool[index], 0),
         )
     return pool, blocks
 

@@ -15,7 +15,8 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from kvferry.kernels.forward import AttentionStep
 
 ATTENTION_NAME = "kvferry_packed"
-SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
+SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -32,6 +33,8 @@ def _attention(
     *,
     scaling: float,
     kv_step: AttentionStep,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,  # transformers passes options of other implementations
 ) -> tuple[Tensor, None]:
     """query [1, Hq, n, D], key, value [1, H, n, D] -> [1, n, Hq, D]."""
@@ -42,7 +45,9 @@ def _attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        scaling,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
     )
     return out.unsqueeze(0), None
 
@@ -57,18 +62,24 @@ def check_supported(config: PretrainedConfig) -> None:
         raise UnsupportedModel(
             f"model family {family!r} is not supported; kvferry serves {', '.join(SUPPORTED_FAMILIES)}"
         )
+    for rope_type in _rope_types(config):
+        if rope_type not in STATIC_ROPE_TYPES:
+            # Their rotation depends on the longest position in a forward pass, so on a request's company in the batch.
+            raise UnsupportedModel(
+                f"rope type {rope_type!r} is not supported; kvferry serves {', '.join(STATIC_ROPE_TYPES)}"
+            )
+    unknown = sorted(set(getattr(config, "layer_types", None) or []) - set(LAYER_TYPES))
+    if unknown:
+        raise UnsupportedModel(f"layers of kind {unknown} are not supported; kvferry serves {', '.join(LAYER_TYPES)}")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedModel("attention to later tokens is not supported: the model must be causal")
+
+
+def _rope_types(config: PretrainedConfig) -> set[str]:
+    """One for the model, or one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in STATIC_ROPE_TYPES:
-        # Their rotation depends on the longest position in the forward pass, so on a request's company in the batch.
-        raise UnsupportedModel(
-            f"rope type {rope_type!r} is not supported; kvferry serves {', '.join(STATIC_ROPE_TYPES)}"
-        )
-    layer_types = getattr(config, "layer_types", None) or []
-    if any(kind != "full_attention" for kind in layer_types):
-        raise UnsupportedModel(
-            f"this {family} model has layers of kind {sorted(set(layer_types))}; only full attention is supported"
-        )
+    by_kind = [value for value in rope.values() if isinstance(value, dict)]
+    return {parameters.get("rope_type", "default") for parameters in by_kind or [rope]}
 
 
 class TransformersModel:
@@ -87,6 +98,7 @@ class TransformersModel:
         self.vocab_size: int = config.vocab_size
         self.max_model_len: int = config.max_position_embeddings
         self.hidden_size: int = config.hidden_size
+        self._logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def distinct_linears(self) -> list[torch.nn.Linear]:
         """One linear layer of each shape that a forward pass uses."""
@@ -107,4 +119,6 @@ class TransformersModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._model.lm_head(hidden).float()
+        if self._logit_softcap is not None:
+            logits = torch.tanh(logits / self._logit_softcap) * self._logit_softcap
         return logits

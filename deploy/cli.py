@@ -10,11 +10,13 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
+from kvferry.deploy.cli_failure import fail
+from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.settings import Settings
 
@@ -29,10 +31,15 @@ app = typer.Typer(
 
 bench = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.command("eval")(eval_command)
+app.command("calibrate")(calibrate_command)
 
 STATIC_TARGETS = ("sm_80", "sm_90")
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML or TOML file; see docs/configuration.md.")]
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", help="How K and V are quantized: kv2, kv3, kv4, kv16 or a .json file.")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help='Hugging Face folder, .gguf file, hub id, or "demo".')]
 
 
@@ -46,6 +53,8 @@ def serve(
     store_memory: Annotated[str | None, typer.Option(help="Memory of the KV store node, e.g. 4GiB.")] = None,
     redis: Annotated[str | None, typer.Option(help="Keep blocks in this Redis: redis://host:port/db.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
+    preset: PresetOption = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="Threads of each CPU worker; 0: one a core.")] = None,
 ) -> None:
     """Start store, prefill worker, decode worker and gateway on this machine; Ctrl-C stops them."""
     from kvferry.deploy.app import Deployment
@@ -54,6 +63,8 @@ def serve(
         config,
         model=model,
         max_model_len=max_model_len,
+        preset=preset,
+        threads=threads,
         gateway={"host": host, "port": port},
         decode={"kv_memory": kv_memory},
         store={"memory": store_memory, "redis": redis},
@@ -68,7 +79,7 @@ def serve(
             while not stopping.wait(1.0):
                 pass
     except (OSError, RuntimeError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command()
@@ -118,7 +129,7 @@ def generate(
                 if chunk.usage is not None:
                     reason, usage = chunk.finish_reason, chunk.usage
     except ClientError as error:
-        _fail(str(error))
+        fail(str(error))
     assert usage is not None
     if as_json:
         print(
@@ -154,9 +165,9 @@ def demo(
     try:
         identical = run_demo(settings, document=document, json_path=json_path, max_tokens=max_tokens)
     except (OSError, RuntimeError, ValueError, ClientError) as error:
-        _fail(str(error))
+        fail(str(error))
     if not identical:
-        _fail("a repeated request did not give the tokens of the first one")
+        fail("a repeated request did not give the tokens of the first one")
 
 
 @app.command()
@@ -189,7 +200,7 @@ def bench_decode_command(
     try:
         results = bench_decode(model_config(_settings(None, model=model)), context=context, steps=steps, rounds=rounds)
     except (OSError, RuntimeError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
     print_decode_times(results, context=context)
     if json_path is not None:
         json_path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
@@ -211,13 +222,13 @@ def bench_kernels_command(
 ) -> None:
     """The CPU kernels against torch's attention on unquantized K and V, on this machine, in one run."""
     if static and plot_path is not None:
-        _fail("--plot draws measured times: leave --static out")
+        fail("--plot draws measured times: leave --static out")
     report = _static_kernels(target or list(STATIC_TARGETS)) if static else _measured_kernels(rounds, plot_path)
     if json_path is not None:
         try:
             json_path.write_text(json.dumps(report, indent=2) + "\n")
         except OSError as error:
-            _fail(str(error))
+            fail(str(error))
 
 
 def _measured_kernels(rounds: int, plot_path: Path | None) -> dict[str, Any]:
@@ -231,7 +242,7 @@ def _measured_kernels(rounds: int, plot_path: Path | None) -> dict[str, Any]:
         if plot_path is not None:
             plot_kernel_times(results, plot_path)
     except (OSError, RuntimeError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
     return asdict(results)
 
 
@@ -239,11 +250,11 @@ def _static_kernels(targets: list[str]) -> dict[str, Any]:
     try:
         module = importlib.import_module("kvferry.deploy.bench_kernels_static")
     except ImportError as error:
-        _fail(f"--static needs Triton: pip install 'kvferry[gpu]' ({error})")
+        fail(f"--static needs Triton: pip install 'kvferry[gpu]' ({error})")
     try:
         kernels = module.static_kernels(targets)
     except (OSError, RuntimeError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
     module.print_static_kernels(kernels)
     return {"kernels": [asdict(kernel) for kernel in kernels]}
 
@@ -253,36 +264,31 @@ def main() -> None:
     app()
 
 
-def _settings(
-    path: Path | None, *, model: str | None = None, max_model_len: int | None = None, **sections: dict[str, object]
-) -> Settings:
-    given: dict[str, object] = {"model": model, "max_model_len": max_model_len}
-    for section, values in sections.items():
-        given[section] = {key: value for key, value in values.items() if value is not None} or None
+def _settings(path: Path | None, **options: object) -> Settings:
+    """The settings of a file, the environment and the command line; None, also inside a section: not given."""
+    given = {
+        key: {inner: x for inner, x in value.items() if x is not None} or None if isinstance(value, dict) else value
+        for key, value in options.items()
+    }
     try:
         return Settings.load(path, **given)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        _fail("the configuration is not valid:\n  " + "\n  ".join(lines))
+        fail("the configuration is not valid:\n  " + "\n  ".join(lines))
     except (OSError, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
-        _fail("give either a prompt or --prompt-file")
+        fail("give either a prompt or --prompt-file")
     if prompt is not None:
         return prompt
     assert prompt_file is not None
     try:
         return sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        _fail(f"cannot read {prompt_file}: {error}")
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"kvferry: {message}", file=sys.stderr)
-    raise SystemExit(1)
+        fail(f"cannot read {prompt_file}: {error}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import transformers
 from kvferry.deploy.causal_lm import TransformersModel
 from kvferry.deploy.models import LoadedModel
 from kvferry.kernels.forward import padded_rows
+from kvferry.kernels.rotation import hadamard
 from kvferry.prefill.engine import PrefillEngine
 
 PROBE_TIMEOUT_S = 300.0
@@ -55,9 +56,14 @@ def probe(engine: PrefillEngine) -> bytes:
     return digest.digest()
 
 
-def rows_are_invariant(model: TransformersModel, *, max_rows: int) -> bool:
-    """`linears_keep_rows` for the model's matmuls."""
-    return linears_keep_rows(model.distinct_linears(), max_rows=max_rows)
+def rows_are_invariant(model: TransformersModel, *, rotated: bool, max_rows: int) -> bool:
+    """`linears_keep_rows` for the model's matmuls, and for the rotation of V where there is one."""
+    linears = model.distinct_linears()
+    if rotated:
+        rotation = torch.nn.Linear(model.head_dim, model.head_dim, bias=False, device=model.device)
+        rotation.weight = torch.nn.Parameter(hadamard(model.head_dim, model.device))
+        linears.append(rotation)
+    return linears_keep_rows(linears, max_rows=max_rows)
 
 
 def linears_keep_rows(linears: Iterable[torch.nn.Linear], *, max_rows: int) -> bool:

@@ -18,6 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from kvferry.kernels.presets import DEFAULT_PRESET
 from kvferry.kvstore.size import parse_size
 
 
@@ -88,8 +89,12 @@ class Settings(BaseSettings):
     """Threads of each CPU worker; 0: one a core."""
     max_model_len: int = Field(0, ge=0)
     """0: the model's window."""
-    block_size: int = 128
-    sink_tokens: int = 4
+    preset: str = DEFAULT_PRESET
+    """How K and V are quantized: a preset (kv2, kv3, kv4, kv16), or a .json file that `kvferry calibrate` wrote."""
+    block_size: int | None = None
+    """Tokens a block, the preset's where not given."""
+    sink_tokens: int | None = None
+    """First tokens kept in fp16, the preset's where not given."""
     gateway: GatewaySettings = GatewaySettings()
     store: StoreSettings = StoreSettings()
     prefill: PrefillSettings = PrefillSettings()

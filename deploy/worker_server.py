@@ -18,8 +18,9 @@ from kvferry.decode.worker import DecodeWorker
 from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class, rows_are_invariant
 from kvferry.kernels.dispatch import Selection, select_kernels
-from kvferry.kernels.forward import padded_rows
+from kvferry.kernels.forward import CausalModel, padded_rows
 from kvferry.kernels.layout import LAYOUT_VERSION, BlockLayout
+from kvferry.kernels.rotation import RotatedModel
 from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES, ClientConfig
@@ -70,11 +71,15 @@ class ModelRuntime:
             head_dim=model.head_dim,
             spec=config.spec,
         )
+        self.model: CausalModel = model
+        rotated = config.spec.value_rotation != "none"
+        if rotated:
+            self.model = RotatedModel(model, device)
         self.selection: Selection = select_kernels(device, head_dim=model.head_dim, impl=config.kernels)
         logger.info("%s", self.selection.reason)
-        self.engine = PrefillEngine(model, self.selection.kernels, self.layout, device)
+        self.engine = PrefillEngine(self.model, self.selection.kernels, self.layout, device)
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
-        self.rows_invariant = rows_are_invariant(model, max_rows=INVARIANT_ROWS)
+        self.rows_invariant = rows_are_invariant(model, rotated=rotated, max_rows=INVARIANT_ROWS)
         """Whether decode may pad a batch to any of its usual row counts without changing a bit."""
         self.identity = self._identity()
 
@@ -212,10 +217,10 @@ class WorkerServer:
             def pad_rows(n: int) -> int:
                 return rows
 
-        engine = DecodeEngine(runtime.loaded.model, runtime.selection.kernels, cache, pad_rows=pad_rows)
+        engine = DecodeEngine(runtime.model, runtime.selection.kernels, cache, pad_rows=pad_rows)
         self.decode_worker = worker = DecodeWorker(engine=engine, cache=cache, store=self._store, config=config)
         info = runtime.info(role="decode", pool_blocks=num_blocks)
-        servicer = DecodeServicer(worker=worker, info=info, vocab_size=runtime.loaded.model.vocab_size, config=config)
+        servicer = DecodeServicer(worker=worker, info=info, vocab_size=runtime.model.vocab_size, config=config)
         worker_pb2_grpc.add_DecodeServicer_to_server(servicer, server)
         self._decode = (engine, servicer)
         tokens = num_blocks * runtime.layout.block_size

@@ -14,10 +14,21 @@ from torch import Tensor
 class AttentionStep(Protocol):
     """Takes the place of a model's attention for one forward pass."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         """query [n, Hq, D], key and value [n, H, D], after RoPE; returns [n, Hq, D].
 
-        Called once a layer, in order. The step keeps what it needs of key and value.
+        Called once a layer, in order. The step keeps what it needs of key and value. `window` and `softcap`: see
+        `PackedKernels.decode_attention`.
         """
         ...
 

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,17 +84,29 @@ def amd_opcodes(assembly: str) -> list[str]:
     return [found[1] for line in assembly.splitlines() if (found := AMD_INSTRUCTION.match(line))]
 
 
-def main_loop(code: Sequence[Instruction]) -> list[str]:
-    """Opcodes of the loop with the most tensor-core instructions; of those, the longest."""
+def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
+    """The loop with the most tensor-core instructions; of those, the longest."""
     loops = [
-        [opcode for at, opcode, _ in code if target <= at <= address]
+        [instruction for instruction in code if target <= instruction.address <= address]
         for address, _, target in code
         if target is not None and target < address
     ]
-    return max(loops, key=lambda loop: (tensor_core(loop), len(loop)), default=[])
+    return max(loops, key=lambda loop: (tensor_core(opcode for _, opcode, _ in loop), len(loop)), default=[])
 
 
-def tensor_core(opcodes: Sequence[str]) -> int:
+def loop_passes(loop: Sequence[Instruction], passes: int) -> list[str]:
+    """Opcodes of so many passes through a loop, in one of which no branch skips a part of it."""
+    skips = [(address, target) for address, _, target in loop if target is not None and target > address]
+    inside = {address for address, _, _ in loop}
+    common: list[str] = []
+    skipped: list[str] = []
+    for at, opcode, _ in loop:
+        is_skipped = any(address < at < target for address, target in skips if target in inside)
+        (skipped if is_skipped else common).append(opcode)
+    return common * passes + skipped
+
+
+def tensor_core(opcodes: Iterable[str]) -> int:
     return sum(bool(TENSOR_CORE.match(opcode)) for opcode in opcodes)
 
 

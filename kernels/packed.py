@@ -7,15 +7,19 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kvferry.kernels.layout import BlockLayout
+from kvferry.kernels.page import PageFormat
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedPrefix:
     """The packed blocks before a prefill chunk, of one sequence.
 
-    pool: uint8 [num_blocks, layer, kv_head, page, page_bytes]; table: int32 [n], block ids in order of position;
+    pool: uint8 [num_blocks, block_bytes]; table: int32 [n], block ids in order of position;
     sinks: fp16 [layer, kv_head, K|V, sink_tokens, D]. Nothing is copied.
     """
 
+    layout: BlockLayout
     pool: Tensor
     table: Tensor
     sinks: Tensor
@@ -29,8 +33,9 @@ class DecodeBatch:
     `tail_lens` fp16 tokens, the newest of which is the current one. While `num_blocks` is 0 the sinks are in the tail.
     """
 
+    layout: BlockLayout
     pool: Tensor
-    """uint8 [num_blocks, layer, kv_head, page, page_bytes]"""
+    """uint8 [num_blocks, block_bytes]"""
     sinks: Tensor
     """fp16 [slot, layer, kv_head, K|V, sink_tokens, D]"""
     tails: Tensor
@@ -57,7 +62,7 @@ class PackedKernels(Protocol):
         """Names the implementation; part of the numerics class."""
         ...
 
-    def quantize_block(self, keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor) -> None:
+    def quantize_block(self, keys: Tensor, values: Tensor, page: PageFormat, *, sink_tokens: int, out: Tensor) -> None:
         """Quantizes one layer of one block into `out`.
 
         keys, values: fp16 [H, block_size, D], after RoPE; out: uint8 [H, page, page_bytes], contiguous.
@@ -66,8 +71,21 @@ class PackedKernels(Protocol):
         """
         ...
 
-    def decode_attention(self, query: Tensor, batch: DecodeBatch, *, layer: int, scale: float) -> Tensor:
-        """query: [B, Hq, D] -> [B, Hq, D] in the query's dtype."""
+    def decode_attention(
+        self,
+        query: Tensor,
+        batch: DecodeBatch,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """query: [B, Hq, D] -> [B, Hq, D] in the query's dtype.
+
+        `window`: how many tokens a query sees, its own included (None: all before it; sinks outside the window are
+        not seen either). `softcap`: scaled scores s become softcap * tanh(s / softcap).
+        """
         ...
 
     def chunk_attention(
@@ -79,8 +97,12 @@ class PackedKernels(Protocol):
         *,
         layer: int,
         scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """A prefill chunk: packed prefix, then the chunk itself in full precision, causal.
+
+        `window` and `softcap` as in `decode_attention`.
 
         query: [Hq, n, D]; keys, values: fp16 [H, n, D]; returns [Hq, n, D] in the query's dtype.
         """

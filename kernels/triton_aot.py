@@ -25,16 +25,28 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvferry.kernels import triton_chunk, triton_decode, triton_quantize
-from kvferry.kernels.layout import PAGE, page_bytes
+from kvferry.kernels import (
+    triton_boosted_keys,
+    triton_chunk,
+    triton_decode,
+    triton_launch,
+    triton_packed,
+    triton_quantize,
+)
 from kvferry.kernels.machine_code import (
     TARGETS,
     MachineCode,
     amd_opcodes,
+    loop_passes,
     main_loop,
     sass_instructions,
 )
+from kvferry.kernels.page import PageFormat
+from kvferry.kernels.presets import PRESETS
 from kvferry.kernels.roofline import ASSUMED_DEVICES, static_bound
+from kvferry.kernels.spec import PAGE, LayerSpec
+from kvferry.kernels.triton_launch import Device
+from kvferry.kernels.triton_page import page_shape
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 
@@ -50,65 +62,110 @@ class KernelCase(NamedTuple):
     options: dict[str, Any]
     tokens: int = 0
     """Tokens of one KV head that one pass of the main loop, or of a kernel without one, goes through; 0: others."""
+    passes: int = 1
+    """In one of how many passes the loop does what it does not do in each: a page's tiles."""
     num_bytes: int = 0
     """What such a pass reads and writes; 0 when arithmetic, not memory, is what it should be bound by."""
 
 
+class Variant(NamedTuple):
+    """What the kernels are compiled for."""
+
+    head_dim: int
+    group: int
+    """Query heads a KV head."""
+    spec: LayerSpec = LayerSpec()
+    window: int = 0
+    softcap: float = 0.0
+
+
+VARIANTS = {
+    "d128": Variant(128, 4),
+    "d64": Variant(64, 3),
+    "d128-kv3": Variant(128, 4, PRESETS["kv3"].layer),
+    "d128-kv2": Variant(128, 4, PRESETS["kv2"].layer),
+    "d64-kv2": Variant(64, 3, PRESETS["kv2"].layer),
+    "d128-window": Variant(128, 4, window=4096, softcap=50.0),
+    "d80": Variant(80, 4),
+    "d256": Variant(256, 4),
+}
+"""By what follows a kernel's name."""
+BASIC = ("d128", "d64")
+"""Those for which every kernel is compiled; for the others, what differs most: packed, chunk and quantize."""
+
+
 def cases(target: str) -> Iterator[KernelCase]:
-    """The kernels as launched for 8 KV heads, shared by 4 query heads of 128 channels or 3 of 64; `packed16`: by 16."""
-    asm = target.startswith("sm_")
-    capability = int(target.removeprefix("sm_")) if asm else 0
-    narrow = 8 if asm else 16
-    for head_dim, group in ((128, 4), (64, 3)):
-        heads = dict(HEADS=8, GROUP=group, HEAD_DIM=head_dim)
-        tag = f"d{head_dim}"
-        pool = dict(words_ptr="*i16", pairs_ptr="*i32", halves_ptr="*fp16", table_ptr="*i32")
-        partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32")
-        for name, members, padded in ((f"packed-{tag}", group, narrow), (f"packed16-{tag}", 16, 16)):
+    """The kernels as launched for 8 KV heads and blocks of 128 tokens; `packed16`: 16 query heads a KV head."""
+    device = Device("cuda", int(target.removeprefix("sm_"))) if target.startswith("sm_") else Device("hip", 0)
+    for tag, (head_dim, group, spec, window, softcap) in VARIANTS.items():
+        heads = dict(HEADS=8, GROUP=group)
+        rule = dict(WINDOW=window, SOFTCAP=softcap)
+        block = dict(BLOCK_TILES=4, SINKS=4)
+        page = PageFormat(head_dim, spec)
+        shape = page_shape(page)
+        tile_bytes = page.num_bytes // shape.tiles
+        views = dict(bytes_ptr="*u8", words_ptr="*i16", halves_ptr="*fp16")
+        pool = dict(views, pairs_ptr="*i32", table_ptr="*i32")
+        partial = dict(out_ptr="*fp32", lse_ptr="*fp32", num_blocks_ptr="*i32", tail_lens_ptr="*i32")
+        for name, members, padded in ((f"packed-{tag}", group, device.narrow), (f"packed16-{tag}", 16, 16)):
+            if members != group and tag not in BASIC:
+                continue
             yield KernelCase(
                 name,
-                triton_decode.packed_attention_fwd_kernel,
+                triton_packed.packed_attention_fwd_kernel,
                 dict(query_ptr="*fp16", **pool, **partial),
-                dict(heads, GROUP=members, PADDED=padded, BLOCK_PAGES=4, SINKS=4, ASM=asm),
-                triton_decode.packed_options(padded, capability),
+                dict(heads, **block, **rule, GROUP=members, PADDED=padded, SHAPE=shape, ASM=device.asm),
+                triton_launch.packed_options(device, shape, padded),
                 PAGE,
-                page_bytes(head_dim),
+                shape.tiles,
+                tile_bytes,
             )
-        slots = dict(slots_ptr="*i32", tail_lens_ptr="*i32")
+        yield KernelCase(
+            f"chunk-{tag}",
+            triton_chunk.chunk_attention_fwd_kernel,
+            dict(pool, query_ptr="*fp16", key_ptr="*fp16", value_ptr="*fp16", sink_ptr="*fp16", out_ptr="*fp16"),
+            dict(block, **rule, GROUP=group, SHAPE=shape, ASM=device.asm),
+            triton_launch.chunk_options(device, 4 * triton_chunk.num_lanes(head_dim)),
+            PAGE,
+            shape.tiles,
+        )
+        # With a loop, over K, its instructions are not those of a page.
+        has_loop = triton_quantize.fit_lanes(head_dim, spec.key.group_size) < head_dim // 4
+        tokens = 0 if has_loop else page.tokens
+        yield KernelCase(
+            f"quantize-{tag}",
+            triton_quantize.quantize_fwd_kernel,
+            dict(views, key_ptr="*fp16", value_ptr="*fp16", flag_ptr="*i32"),
+            dict(PAGES=128 // page.tokens, SHAPE=shape),
+            triton_quantize.quantize_options(shape),
+            tokens,
+            num_bytes=0 if has_loop else tokens * 2 * head_dim * 2 + page.num_bytes,
+        )
+        if page.boosted:
+            boost = dict(PAGES=128 // page.tokens, SHAPE=shape)
+            for name, kernel, pointers in (
+                (f"list-{tag}", triton_boosted_keys.list_boosted_fwd_kernel, dict(bytes_ptr="*u8")),
+                (f"boost-{tag}", triton_boosted_keys.boost_fwd_kernel, views),
+            ):
+                pointers = dict(pointers, key_ptr="*fp16")
+                yield KernelCase(name, kernel, pointers, boost, triton_quantize.BOOST_OPTIONS)
+        if tag not in BASIC:
+            continue
         yield KernelCase(
             f"tail-{tag}",
             triton_decode.tail_attention_fwd_kernel,
-            dict(query_ptr="*fp16", tail_ptr="*fp16", sink_ptr="*fp16", **slots, **partial),
-            dict(heads, PADDED=narrow, TAIL_ROWS=128, SINKS=4),
-            triton_decode.TAIL_OPTIONS,
+            dict(query_ptr="*fp16", tail_ptr="*fp16", sink_ptr="*fp16", slots_ptr="*i32", **partial),
+            dict(heads, **rule, HEAD_DIM=head_dim, PADDED=device.narrow, TAIL_ROWS=128, SINKS=4),
+            triton_launch.TAIL,
             triton_decode.TAIL_TILE.value,
-            triton_decode.TAIL_TILE.value * 2 * head_dim * 2,
+            num_bytes=triton_decode.TAIL_TILE.value * 2 * head_dim * 2,
         )
         yield KernelCase(
             f"merge-{tag}",
             triton_decode.merge_fwd_kernel,
             dict(partial, part_ptr="*fp32", out_ptr="*fp16"),
-            dict(heads, BLOCK_PAGES=4),
-            triton_decode.MERGE_OPTIONS,
-        )
-        yield KernelCase(
-            f"chunk-{tag}",
-            triton_chunk.chunk_attention_fwd_kernel,
-            dict(query_ptr="*fp16", key_ptr="*fp16", value_ptr="*fp16", **pool)
-            | dict(sink_ptr="*fp16", out_ptr="*fp16"),
-            dict(GROUP=group, HEAD_DIM=head_dim, BLOCK_PAGES=4, SINKS=4, ASM=asm),
-            triton_chunk.OPTIONS,
-            PAGE,
-        )
-        yield KernelCase(
-            f"quantize-{tag}",
-            triton_quantize.quantize_fwd_kernel,
-            dict(key_ptr="*fp16", value_ptr="*fp16", bytes_ptr="*u8", words_ptr="*i16")
-            | dict(halves_ptr="*fp16", flag_ptr="*i32"),
-            dict(PAGES=4, HEAD_DIM=head_dim),
-            triton_quantize.OPTIONS,
-            PAGE,
-            PAGE * 2 * head_dim * 2 + page_bytes(head_dim),
+            dict(heads, HEAD_DIM=head_dim, BLOCK_TILES=4, WINDOW=window),
+            triton_launch.MERGE,
         )
 
 
@@ -142,21 +199,22 @@ def read_cuda(case: KernelCase, target: str, ptx: str, cubin: bytes) -> MachineC
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = sass_instructions(_tool("nvdisasm", "-c", file.name))
     loop = main_loop(code)
-    looked_at = loop or [instruction.opcode for instruction in code]
+    looked_at = loop_passes(loop, case.passes) if loop else [instruction.opcode for instruction in code]
+    tokens = case.passes * case.tokens
     warps = case.options["num_warps"]
     bound = None
     if case.num_bytes:
-        bound = static_bound(looked_at, ASSUMED_DEVICES[target], warps=warps, num_bytes=case.num_bytes)
+        bound = static_bound(looked_at, ASSUMED_DEVICES[target], warps=warps, num_bytes=case.passes * case.num_bytes)
     return MachineCode(
         name=case.name,
         target=target,
         registers=max(int(count) for count in re.findall(r"\bREG:(\d+)", usage)),
         spills=sum(instruction.opcode.startswith(("LDL", "STL")) for instruction in code),
         loop=len(loop),
-        instructions_per_token_head=len(looked_at) * warps / case.tokens if case.tokens else None,
+        instructions_per_token_head=len(looked_at) * warps / tokens if tokens else None,
         static_bound=bound,
         unpack_asm=ptx.count("0x3C003C00"),
-        opcodes=dict(Counter(looked_at)),
+        opcodes=dict(Counter(opcode for _, opcode, _ in loop or code)),
     )
 
 

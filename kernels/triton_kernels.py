@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton import knobs
 
+from kvferry.kernels import page
 from kvferry.kernels.packed import DecodeBatch, PackedPrefix
+from kvferry.kernels.page import PageFormat
 from kvferry.kernels.triton_chunk import chunk_attention
 from kvferry.kernels.triton_decode import decode_attention
+from kvferry.kernels.triton_launch import current_device
 from kvferry.kernels.triton_quantize import quantize_block
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = page.HEAD_DIMS
+"""All that a page can hold."""
 MAX_GROUP = 16
 """Query heads a KV head."""
 
@@ -27,36 +30,38 @@ class TritonKernels:
     behind their first two dimensions, block or slot and layer.
     """
 
-    name = "triton/1"
+    name = "triton/3"
 
     def __init__(self) -> None:
-        interpreted = knobs.runtime.interpret
-        self._asm = not interpreted and torch.version.hip is None
-        self._narrow = 8 if torch.version.hip is None else 16
-        self._capability = 0
-        if self._asm and torch.cuda.is_available():
-            major, minor = torch.cuda.get_device_capability()
-            self._capability = 10 * major + minor
+        self._device = current_device()
 
-    def quantize_block(self, keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor) -> None:
-        _check_head_dim(keys.shape[-1])
+    def quantize_block(self, keys: Tensor, values: Tensor, page: PageFormat, *, sink_tokens: int, out: Tensor) -> None:
         if keys.stride(-1) != 1 or values.stride(-1) != 1 or not out.is_contiguous():
             raise ValueError("channels of K and V must be contiguous, and so must the pages")
         flag = torch.zeros(1, dtype=torch.int32, device=keys.device)
-        quantize_block(keys, values, sink_tokens=sink_tokens, out=out, flag=flag)
+        quantize_block(keys, values, page, sink_tokens=sink_tokens, out=out, flag=flag)
         if flag.item():
             raise ValueError("K or V is not finite: the block is refused")
 
-    def decode_attention(self, query: Tensor, batch: DecodeBatch, *, layer: int, scale: float) -> Tensor:
-        _check_heads(query.shape[1], batch.pool.shape[2], query.shape[2])
+    def decode_attention(
+        self,
+        query: Tensor,
+        batch: DecodeBatch,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        _check_heads(query.shape[1], batch.layout.num_kv_heads)
         return decode_attention(
             query,
             batch,
             layer=layer,
             scale=scale,
-            asm=self._asm,
-            narrow=self._narrow,
-            capability=self._capability,
+            window=window,
+            softcap=softcap,
+            device=self._device,
         )
 
     def chunk_attention(
@@ -68,18 +73,16 @@ class TritonKernels:
         *,
         layer: int,
         scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
-        _check_heads(query.shape[0], keys.shape[0], query.shape[2])
-        return chunk_attention(query, keys, values, prefix, layer=layer, scale=scale, asm=self._asm)
+        _check_heads(query.shape[0], keys.shape[0])
+        return chunk_attention(
+            query, keys, values, prefix, layer=layer, scale=scale, window=window, softcap=softcap, device=self._device
+        )
 
 
-def _check_head_dim(head_dim: int) -> None:
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"head_dim {head_dim}: the Triton kernels take {HEAD_DIMS}")
-
-
-def _check_heads(query_heads: int, kv_heads: int, head_dim: int) -> None:
-    _check_head_dim(head_dim)
+def _check_heads(query_heads: int, kv_heads: int) -> None:
     if query_heads % kv_heads or query_heads // kv_heads > MAX_GROUP:
         raise ValueError(
             f"{query_heads} query heads on {kv_heads} KV heads: the Triton kernels share a KV head "

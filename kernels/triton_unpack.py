@@ -1,9 +1,10 @@
 """Packed words to numbers on a GPU: what every Triton kernel that reads a page is built from.
 
-A token's codes are D/8 words of 16 bits (layout.py). *Field* f of word j, its bits 2 f and 2 f + 1, belongs to channel
-`(f % 4) * D/4 + 2 j + f // 4`. One field of a tile of words is a tile of fp16 numbers that a tensor core takes as it
-is, and codes never become integers: `word << s & 0x0300 | 0x3C00` is the fp16 number 1 + code/4, which the folded scale
-and zero point turn into the value by one fused multiply-add.
+A plane of a token's codes is D/8 words of 16 bits (page.py). *Field* f of word j, its bits 2 f and 2 f + 1, belongs to
+channel `(f % 4) * D/4 + 2 j + f // 4`. One field of a tile of words is a tile of fp16 numbers that a tensor core takes
+as it is, and codes never become integers: `word << s & 0x0300 | 0x3C00` is the fp16 number 1 + code/4, which the folded
+scale and zero point turn into the value by one fused multiply-add. Further planes cost another one each: 4 * high + low
+is exact in fp16 (`scales.py`: u = F + code/4). Byte scales become fp16 numbers in the same way, by shifts and masks.
 
 `ASM` picks inline PTX: one shift and one LOP3 for two codes. Without it the same bits come from plain operations, for
 Triton's interpreter and for HIP.
@@ -20,9 +21,9 @@ import triton.language as tl
 
 @triton.constexpr_function
 def unpack_asm(field: int, low: bool = False) -> str:
-    """PTX that turns two 16-bit words into two fp16 numbers, 1 + code/4 or, if `low`, 1 + code/16, for one field."""
-    mask = "0x00C000C0" if low else "0x03000300"
-    logic = "lop3.b32 $0, {}, " + mask + ", 0x3C003C00, 0xEA;"  # 0xEA: (a & b) | c
+    """PTX that turns two 16-bit words into two fp16 numbers, 1 + code/4 or, if `low`, 4 + code/4, for one field."""
+    masks = "0x00C000C0, 0x44004400" if low else "0x03000300, 0x3C003C00"
+    logic = "lop3.b32 $0, {}, " + masks + ", 0xEA;"  # 0xEA: (a & b) | c
     shift = (6 if low else 8) - 2 * field  # moves the field to bits 6 and 7 or 8 and 9
     if shift == 0:
         return logic.format("$1")
@@ -36,6 +37,24 @@ def high_byte_asm() -> str:
     return "shr.u32 $0, $1, 8;"
 
 
+@triton.constexpr_function
+def move_down_asm() -> str:
+    """PTX that shifts two 16-bit words down by $2, given twice; what comes in from above is undefined."""
+    # "wrap" looks at five bits of the shift, that is at the lower one.
+    return "shf.r.wrap.b32 $0, $1, $1, $2;"
+
+
+@triton.jit
+def move_down(words, shift, ASM: tl.constexpr):
+    """int16 words >> shift, which is the same for words that share a register; upper bits are undefined."""
+    shift = shift.to(tl.int16).broadcast_to(words.shape)
+    if ASM:
+        return tl.inline_asm_elementwise(
+            move_down_asm(), "=r,r,r", [words, shift], dtype=tl.int16, is_pure=True, pack=2
+        )
+    return words >> shift
+
+
 @triton.jit
 def unpack(words, field: tl.constexpr, ASM: tl.constexpr):
     """int16 words -> fp16 1 + code/4 of one field."""
@@ -47,13 +66,24 @@ def unpack(words, field: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def unpack_low(words, field: tl.constexpr, ASM: tl.constexpr):
-    """int16 words -> fp16 1 + code/16 of one field: an odd field shares its shift with the next one's `unpack`."""
+    """int16 words -> fp16 4 + code/4 of one field: an odd field shares its shift with the next one's `unpack`."""
     if ASM:
         return tl.inline_asm_elementwise(
             unpack_asm(field, True), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
         )
     moved = words << (6 - 2 * field) if field < 3 else words >> (2 * field - 6)
-    return ((moved & 0x00C0) | 0x3C00).to(tl.float16, bitcast=True)
+    return ((moved & 0x00C0) | 0x4400).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def unpack_planes(planes, field: tl.constexpr, LOW: tl.constexpr, ASM: tl.constexpr):
+    """Words of every plane, low bits first -> fp16 u = F + code/4 or, if LOW, u + 3 F of one field."""
+    PLANES: tl.constexpr = len(planes)
+    unit = unpack_low(planes[PLANES - 1], field, ASM) if LOW else unpack(planes[PLANES - 1], field, ASM)
+    for plane in tl.static_range(1, PLANES):
+        words = planes[PLANES - 1 - plane]
+        unit = unit * 4.0 + (unpack_low(words, field, ASM) if LOW else unpack(words, field, ASM))
+    return unit
 
 
 @triton.jit
@@ -85,12 +115,6 @@ def load_words(pointers, is_high, SPLIT: tl.constexpr, ASM: tl.constexpr):
     return low | moved
 
 
-@triton.jit
-def field_channel(word, field: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The channel whose code is in a field of a word."""
-    return (field % 4) * (HEAD_DIM // 4) + 2 * word + field // 4
-
-
 @triton.constexpr_function
 def half_asm(is_second: bool) -> str:
     """PTX that takes one half of two 32-bit words each, together in one register as HFMA2 wants them."""
@@ -114,3 +138,60 @@ def half_of_pair(pairs, SECOND: tl.constexpr, ASM: tl.constexpr):
 def selected_half_of_pair(pairs, is_second):
     """`half_of_pair` with a tensor of booleans."""
     return tl.where(is_second, pairs >> 16, pairs).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.constexpr_function
+def byte_scale_asm(second: bool) -> str:
+    """PTX that turns the low or, if `second`, the high bytes of two 16-bit words into two fp16 numbers, byte << 7."""
+    move = "shr.u32 t, $1, 1;" if second else "shl.b32 t, $1, 7;"
+    return "{ .reg .b32 t; " + move + " lop3.b32 $0, t, 0x7F807F80, 0, 0xEA; }"
+
+
+@triton.constexpr_function
+def byte_zero_asm(second: bool) -> str:
+    """PTX that turns the low or, if `second`, the high bytes b (signed) of two 16-bit words into fp16 1152 + b."""
+    logic = "lop3.b32 $0, {}, 0x00FF00FF, 0x64806480, 0x6A;"  # 0x6A: (a & b) ^ c
+    if second:
+        return "{ .reg .b32 t; shr.u32 t, $1, 8; " + logic.format("t") + " }"
+    return logic.format("$1")
+
+
+@triton.jit
+def byte_scale(words, SECOND: tl.constexpr, ASM: tl.constexpr):
+    """int16, one byte of which is a scale -> fp16 S."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            byte_scale_asm(SECOND), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
+    moved = words >> 1 if SECOND else words << 7
+    return (moved & 0x7F80).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def biased_byte(words, SECOND: tl.constexpr, ASM: tl.constexpr):
+    """int16, one byte of which is a signed b -> fp16 1152 + b."""
+    if ASM:
+        return tl.inline_asm_elementwise(byte_zero_asm(SECOND), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    moved = words >> 8 if SECOND else words
+    return ((moved & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def byte_zero(words, scale, SECOND: tl.constexpr, TENSOR: tl.constexpr, ASM: tl.constexpr):
+    """int16, one byte of which is a zero point -> fp16 Z for the scale S: S * (b * zero_step - F)."""
+    biased = biased_byte(words, SECOND, ASM)
+    return (biased * TENSOR.zero_step - (1152.0 * TENSOR.zero_step + TENSOR.offset)) * scale
+
+
+@triton.jit
+def load_scales(bytes_ptr, halves_ptr, place, mask, TENSOR: tl.constexpr, ASM: tl.constexpr):
+    """fp16 S and Z at places counted in scales; 0 where the mask does not hold."""
+    other: tl.constexpr = None if mask is None else 0
+    if TENSOR.byte_scales:
+        scale = tl.load(bytes_ptr + TENSOR.scale + place, mask=mask, other=other).to(tl.int16)
+        zero = tl.load(bytes_ptr + TENSOR.zero + place, mask=mask, other=other).to(tl.int16)
+        scale = byte_scale(scale, False, ASM)
+        return scale, byte_zero(zero, scale, False, TENSOR, ASM)
+    else:
+        scale = tl.load(halves_ptr + TENSOR.scale // 2 + place, mask=mask, other=other)
+        return scale, tl.load(halves_ptr + TENSOR.zero // 2 + place, mask=mask, other=other)

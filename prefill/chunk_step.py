@@ -23,13 +23,30 @@ class ChunkStep:
         self._kernels = kernels
         self._prefix = blocks.prefix(index)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         n = self._num_tokens
         keys = key[:n].transpose(0, 1).to(torch.float16).contiguous()  # [H, n, D]
         values = value[:n].transpose(0, 1).to(torch.float16).contiguous()
         self._keep(layer, keys, values)
         attended = self._kernels.chunk_attention(
-            query[:n].transpose(0, 1), keys, values, self._prefix, layer=layer, scale=scale
+            query[:n].transpose(0, 1),
+            keys,
+            values,
+            self._prefix,
+            layer=layer,
+            scale=scale,
+            window=window,
+            softcap=softcap,
         ).transpose(0, 1)
         if n == query.shape[0]:
             return attended
@@ -47,4 +64,6 @@ class ChunkStep:
         if sink_tokens:
             blocks.sinks[layer, :, 0] = keys[:, :sink_tokens]
             blocks.sinks[layer, :, 1] = values[:, :sink_tokens]
-        self._kernels.quantize_block(keys, values, sink_tokens=sink_tokens, out=blocks.pool[index, layer])
+        page = blocks.layout.layers[layer].page
+        out = blocks.layout.layer_pages(blocks.pool[index], layer)
+        self._kernels.quantize_block(keys, values, page, sink_tokens=sink_tokens, out=out)

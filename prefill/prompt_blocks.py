@@ -19,7 +19,7 @@ class PromptBlocks:
         self.layout = layout
         self.num_blocks, self.tail_len = divmod(num_tokens, layout.block_size)
         self.num_ready = 0
-        self.pool = torch.empty((self.num_blocks, *layout.pool_shape), dtype=torch.uint8, device=device)
+        self.pool = torch.empty((self.num_blocks, layout.block_bytes), dtype=torch.uint8, device=device)
         self.sinks = torch.zeros(layout.sink_shape, dtype=torch.float16, device=device)
         layers, two, heads, _, dim = layout.tail_shape
         self.tail = torch.empty((layers, two, heads, self.tail_len, dim), dtype=torch.float16, device=device)
@@ -27,7 +27,7 @@ class PromptBlocks:
 
     def prefix(self, num_blocks: int) -> PackedPrefix:
         """The first `num_blocks` blocks, as the chunk after them sees them."""
-        return PackedPrefix(pool=self.pool, table=self._table[:num_blocks], sinks=self.sinks)
+        return PackedPrefix(layout=self.layout, pool=self.pool, table=self._table[:num_blocks], sinks=self.sinks)
 
     def load(self, index: int, payload: Tensor) -> None:
         """Takes block `index` from its stored payload (uint8). Raises ValueError for a wrong size."""

@@ -12,15 +12,10 @@ import grpc
 import pytest
 import torch
 from support.processes import NodeProcess, RedisProcess
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from kvferry.decode.config import DecodeConfig
+from kvferry.deploy.causal_lm import SUPPORTED_FAMILIES
 from kvferry.deploy.models import find_model, load_tokenizer
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kernels.spec import KVQuantSpec
@@ -30,7 +25,6 @@ from kvferry.kvstore.server import KVStoreServer
 from kvferry.prefill.config import PrefillConfig
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 BLOCK_SIZE = 32
 VOCAB_SIZE = 49152
 
@@ -53,11 +47,19 @@ def _config(family: str) -> PretrainedConfig:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if family == "llama":
-        return LlamaConfig(**shape)
-    if family == "qwen2":
-        return Qwen2Config(**shape)
-    return Qwen3Config(**shape)
+    # Windows end inside a block, so that sinks, packed pages and the tail are all cut by one.
+    if family == "mistral":
+        shape |= {"sliding_window": 75}
+    elif family == "gemma":
+        shape |= {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh"}
+    elif family == "gemma2":
+        shape |= {"sliding_window": 75, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 15.0}
+    elif family == "gemma3_text":
+        shape |= {"sliding_window": 75, "sliding_window_pattern": 2, "query_pre_attn_scalar": 64}
+    if family.startswith("gemma"):
+        # Embeddings are scaled up: tied ones would make the model repeat its last token.
+        shape |= {"tie_word_embeddings": False}
+    return AutoConfig.for_model(family, **shape)
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +70,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     def make(family: str) -> Path:
         if family not in made:
             folder = tmp_path_factory.mktemp(f"tiny-{family}")
-            torch.manual_seed(FAMILIES.index(family))
+            torch.manual_seed(SUPPORTED_FAMILIES.index(family))
             model = AutoModelForCausalLM.from_config(_config(family))
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
@@ -87,7 +89,8 @@ def load_runtime(tiny_model: Callable[[str], Path]) -> Callable[..., ModelRuntim
 
     def load(family: str = "llama", *, block_size: int = BLOCK_SIZE, **options: Any) -> ModelRuntime:
         options.setdefault("dtype", "float32")
-        config = ModelConfig(model=str(tiny_model(family)), spec=KVQuantSpec(block_size=block_size), **options)
+        options.setdefault("spec", KVQuantSpec(block_size=block_size))
+        config = ModelConfig(model=str(tiny_model(family)), **options)
         return ModelRuntime(config)
 
     return load

@@ -1,22 +1,20 @@
 /* Attention of a prefill chunk: fp16 sinks, packed prefix, then the chunk's own fp16 K and V, causal.
  *
- * A work item is a tile of query rows of one KV head. It walks the context 32 tokens at a time: a packed page is
+ * A work item is a tile of query rows of one KV head. It walks the context 32 tokens at a time: a packed tile is
  * unpacked into an fp32 scratch that stays in L1 and is forgotten after its use: no copy of the prefix exists.
  * Rows are (position, query head of the group), so that a tile spans few positions, and go through the arithmetic in
  * sets of ROWS. A row's arithmetic does not depend on the other rows, on the number of rows or on the thread. */
 #include <math.h>
 #include <string.h>
 
+#include "chunk_unpack.h"
 #include "library.h"
-#include "page.h"
 #include "parallel.h"
-#include "simd.h"
+#include "rule.h"
 
 #define ROWS 6 /* rows a register tile: 6 x 16 fp32 accumulators and 3 more fill the 16 registers */
 #define TILE_ROWS 96
 #define LEAST_TILE_ROWS 24
-#define LOG2E 1.44269504f
-#define LEAST_SCORE (-1e30f)
 #define LAZY 8.0f /* see decode.c */
 
 /* Strides count elements of their array: bytes for the pool. Pool and sinks point at the layer. */
@@ -31,7 +29,8 @@ struct chunk_args {
     int64_t key_head_stride, key_token_stride, value_head_stride, value_token_stride;
     int64_t pool_blocks, pool_block_stride, pool_head_stride;
     int64_t num_blocks, kv_heads, group, tokens, head_dim, sink_tokens, block_size, threads;
-    float scale;
+    struct page_format page;
+    struct score_rule rule;
 };
 
 struct chunk_call {
@@ -46,85 +45,9 @@ struct tile {
     ALIGNED float values[PAGE * MAX_HEAD_DIM];     /* [32 tokens, D] */
     ALIGNED __m256 sum[TILE_ROWS];
     float max[TILE_ROWS];
-    int position[TILE_ROWS]; /* of the row in the chunk */
+    int64_t position[TILE_ROWS]; /* in the sequence; they ascend */
     int rows;                /* a multiple of ROWS */
 };
-
-/* The four values of each code of eight groups, as vpermilps wants them: out[i] = group i's table, twice. */
-INLINE void code_tables(const uint16_t *scale, const uint16_t *zero, __m256 out[8]) {
-    const __m256 s = load_half8(scale), z = _mm256_add_ps(load_half8(zero), s);
-    const __m256 step = _mm256_mul_ps(s, _mm256_set1_ps(1.0f / FOLD));
-    __m256 v[4] = {z, _mm256_add_ps(step, z), _mm256_fmadd_ps(_mm256_set1_ps(2.0f), step, z),
-                   _mm256_fmadd_ps(_mm256_set1_ps(3.0f), step, z)};
-    __m256 ab_low = _mm256_unpacklo_ps(v[0], v[1]), ab_high = _mm256_unpackhi_ps(v[0], v[1]);
-    __m256 cd_low = _mm256_unpacklo_ps(v[2], v[3]), cd_high = _mm256_unpackhi_ps(v[2], v[3]);
-    __m256 pair[4] = {_mm256_shuffle_ps(ab_low, cd_low, 0x44), _mm256_shuffle_ps(ab_low, cd_low, 0xEE),
-                      _mm256_shuffle_ps(ab_high, cd_high, 0x44), _mm256_shuffle_ps(ab_high, cd_high, 0xEE)};
-    UNROLL for (int i = 0; i < 4; i++) {
-        out[i] = _mm256_permute2f128_ps(pair[i], pair[i], 0x00);
-        out[i + 4] = _mm256_permute2f128_ps(pair[i], pair[i], 0x11);
-    }
-}
-
-/* Field i of eight 32-bit lanes picks from a table: vpermilps looks at the two low bits only. */
-INLINE __m256 look_up(__m256 table, __m256i codes, int shift) {
-    return _mm256_permutevar_ps(table, shift ? _mm256_srli_epi32(codes, shift) : codes);
-}
-
-INLINE void unpack_keys(const int D, const uint8_t *page, float *keys) {
-    ALIGNED float tables[MAX_HEAD_DIM][8];
-    for (int c = 0; c < D; c += 8) {
-        __m256 t[8];
-        code_tables((const uint16_t *)(page + K_SCALE(D)) + c, (const uint16_t *)(page + K_ZERO(D)) + c, t);
-        UNROLL for (int i = 0; i < 8; i++) _mm256_store_ps(tables[c + i], t[i]);
-    }
-    for (int word = 0; word < D / 8; word++)
-        for (int t = 0; t < PAGE; t += 8) {
-            const __m256i w = _mm256_cvtepu16_epi32(
-                _mm_loadu_si128((const __m128i *)(page + K_CODES(D) + 2 * (PAGE * word + t))));
-            UNROLL for (int byte = 0; byte < 2; byte++)
-                UNROLL for (int i = 0; i < 4; i++) {
-                    const int channel = i * (D / 4) + 2 * word + byte;
-                    const __m256 table = _mm256_load_ps(tables[channel]);
-                    _mm256_store_ps(keys + channel * PAGE + t, look_up(table, w, 8 * byte + 2 * i));
-                }
-        }
-}
-
-INLINE void unpack_values(const int D, const uint8_t *page, float *values) {
-    for (int t = 0; t < PAGE; t += 8) {
-        __m256 tables[MAX_HEAD_DIM / GROUP][8];
-        UNROLL for (int n = 0; n < D / GROUP; n++)
-            code_tables((const uint16_t *)(page + V_SCALE(D)) + PAGE * n + t,
-                        (const uint16_t *)(page + V_ZERO(D)) + PAGE * n + t, tables[n]);
-        for (int k = 0; k < 8; k++)
-            UNROLL for (int b = 0; b < D / 4; b += 8) {
-                const uint8_t *codes = page + V_CODES(D) + (t + k) * (D / 4) + b;
-                const __m256i w = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
-                UNROLL for (int i = 0; i < 4; i++) {
-                    const int channel = i * (D / 4) + b;
-                    _mm256_store_ps(values + (t + k) * D + channel, look_up(tables[channel / GROUP][k], w, 2 * i));
-                }
-            }
-    }
-}
-
-/* `count` fp16 tokens, 1 to 32, into the scratch; the rest of it becomes 0. */
-INLINE void load_half(const int D, const uint16_t *keys, int64_t key_stride, const uint16_t *values,
-                      int64_t value_stride, int count, struct tile *tile) {
-    static const uint16_t zeros[MAX_HEAD_DIM];
-    for (int t = 0; t < PAGE; t += 8)
-        for (int c = 0; c < D; c += 8) {
-            __m256 r[8];
-            UNROLL for (int i = 0; i < 8; i++) {
-                r[i] = load_half8(t + i < count ? keys + (t + i) * key_stride + c : zeros);
-                const uint16_t *v = t + i < count ? values + (t + i) * value_stride + c : zeros;
-                _mm256_store_ps(tile->values + (t + i) * D + c, load_half8(v));
-            }
-            transpose8(r);
-            UNROLL for (int i = 0; i < 8; i++) _mm256_store_ps(tile->keys + (c + i) * PAGE + t, r[i]);
-        }
-}
 
 /* scores[6, 32] = query[6, D] x keys[D, 32] */
 INLINE void score_rows(const int D, const float *query, const float *keys, float scores[ROWS][PAGE]) {
@@ -191,19 +114,26 @@ INLINE void soften_row(const int D, struct tile *tile, int row, float scores[PAG
     tile->sum[row] = _mm256_add_ps(tile->sum[row], sum);
 }
 
-/* All rows of the tile over the 32 tokens in its scratch. A row sees tokens first <= t < end, and when `causal` also
- * t <= position - origin. */
-INLINE void attend_tokens(const int D, struct tile *tile, int first, int end, const int causal, int origin) {
+/* All rows of the tile over the 32 tokens in its scratch, which begin at position `origin` of the sequence. A row sees
+ * tokens first <= t < end that are no later than itself and inside its window. */
+INLINE void attend_tokens(const int D, struct tile *tile, const struct score_rule *rule, int64_t origin, int first,
+                          int end) {
     ALIGNED float scores[ROWS][PAGE];
     for (int row = 0; row < tile->rows; row += ROWS) {
-        if (causal && tile->position[row + ROWS - 1] < origin) continue; /* positions ascend */
+        if (tile->position[row + ROWS - 1] < origin) continue;
+        if (first_visible(rule, tile->position[row]) >= origin + end) continue;
         score_rows(D, tile->query + row * D, tile->keys, scores);
         UNROLL for (int r = 0; r < ROWS; r++) {
-            int visible = end;
-            if (causal && tile->position[row + r] - origin + 1 < end) visible = tile->position[row + r] - origin + 1;
-            if (first > 0 || visible < PAGE)
+            const int64_t position = tile->position[row + r] - origin;
+            const int64_t seen = first_visible(rule, tile->position[row + r]) - origin;
+            const int from = seen > first ? (int)(seen < PAGE ? seen : PAGE) : first;
+            const int to = position + 1 < end ? (int)position + 1 : end;
+            if (rule->softcap > 0)
+                for (int t = 0; t < PAGE; t += 8)
+                    _mm256_store_ps(scores[r] + t, cap_scores(_mm256_load_ps(scores[r] + t), rule->softcap));
+            if (from > 0 || to < PAGE)
                 for (int t = 0; t < PAGE; t++)
-                    if (t < first || t >= visible) scores[r][t] = -INFINITY;
+                    if (t < from || t >= to) scores[r][t] = -INFINITY;
             soften_row(D, tile, row + r, scores[r]);
         }
         add_values(D, scores, tile->values, tile->out + row * D);
@@ -216,7 +146,8 @@ INLINE void attend_chunk(const int D, const struct chunk_call *call, int64_t hea
     struct tile tile;
     const int real_rows = (int)(all_rows - first_row < call->tile_rows ? all_rows - first_row : call->tile_rows);
     tile.rows = (real_rows + ROWS - 1) / ROWS * ROWS;
-    const __m256 factor = _mm256_set1_ps(a->scale * LOG2E);
+    const int64_t prefix = a->num_blocks * a->block_size; /* position of the chunk's first token */
+    const __m256 factor = _mm256_set1_ps(a->rule.scale * LOG2E);
     for (int r = 0; r < tile.rows; r++) {
         const int64_t row = first_row + (r < real_rows ? r : real_rows - 1); /* the last row again fills the set */
         const int64_t position = row / a->group, query_head = head * a->group + row % a->group;
@@ -227,31 +158,33 @@ INLINE void attend_chunk(const int D, const struct chunk_call *call, int64_t hea
         }
         tile.sum[r] = _mm256_setzero_ps();
         tile.max[r] = LEAST_SCORE;
-        tile.position[r] = (int)position;
+        tile.position[r] = prefix + position;
     }
 
+    /* Tokens before this no row of the tile sees: they are not read. */
+    const int64_t visible = first_visible(&a->rule, tile.position[0]);
     const int sink_tokens = a->num_blocks ? (int)a->sink_tokens : 0;
-    if (sink_tokens) {
+    if (sink_tokens > visible) {
         const uint16_t *sinks = a->sinks + head * 2 * sink_tokens * D;
-        load_half(D, sinks, D, sinks + sink_tokens * D, D, sink_tokens, &tile);
-        attend_tokens(D, &tile, 0, sink_tokens, 0, 0);
+        load_half_keys(D, sinks, D, sink_tokens, tile.keys);
+        load_half_values(D, sinks + sink_tokens * D, D, sink_tokens, tile.values);
+        attend_tokens(D, &tile, &a->rule, 0, 0, sink_tokens);
     }
-    const int pages_per_block = (int)(a->block_size / PAGE);
-    for (int64_t block = 0; block < a->num_blocks; block++)
-        for (int i = 0; i < pages_per_block; i++) {
-            const uint8_t *page = a->pool + a->table[block] * a->pool_block_stride + head * a->pool_head_stride +
-                                  (int64_t)i * PAGE_BYTES(D);
-            unpack_keys(D, page, tile.keys);
-            unpack_values(D, page, tile.values);
-            attend_tokens(D, &tile, block == 0 && i == 0 ? sink_tokens : 0, PAGE, 0, 0);
-        }
-    const int last = tile.position[tile.rows - 1];
-    for (int origin = 0; origin <= last; origin += PAGE) {
+    for (int64_t origin = visible / PAGE * PAGE; origin < prefix; origin += PAGE) {
+        const int64_t block = origin / a->block_size, offset = origin % a->block_size;
+        const uint8_t *page = a->pool + a->table[block] * a->pool_block_stride + head * a->pool_head_stride +
+                              offset / a->page.tokens * a->page.bytes;
+        load_tile(D, &a->page, page, (int)(offset % a->page.tokens) / PAGE, tile.keys, tile.values);
+        attend_tokens(D, &tile, &a->rule, origin, origin ? 0 : sink_tokens, PAGE);
+    }
+    const int64_t last = tile.position[tile.rows - 1] - prefix;
+    for (int64_t origin = visible > prefix ? (visible - prefix) / PAGE * PAGE : 0; origin <= last; origin += PAGE) {
         const int count = a->tokens - origin < PAGE ? (int)(a->tokens - origin) : PAGE;
         const uint16_t *keys = a->keys + head * a->key_head_stride + origin * a->key_token_stride;
         const uint16_t *values = a->values + head * a->value_head_stride + origin * a->value_token_stride;
-        load_half(D, keys, a->key_token_stride, values, a->value_token_stride, count, &tile);
-        attend_tokens(D, &tile, 0, count, 1, origin);
+        load_half_keys(D, keys, a->key_token_stride, count, tile.keys);
+        load_half_values(D, values, a->value_token_stride, count, tile.values);
+        attend_tokens(D, &tile, &a->rule, prefix + origin, 0, count);
     }
 
     for (int r = 0; r < real_rows; r++) {
@@ -263,25 +196,38 @@ INLINE void attend_chunk(const int D, const struct chunk_call *call, int64_t hea
     }
 }
 
-static void attend_32(const struct chunk_call *call, int64_t head, int64_t row) { attend_chunk(32, call, head, row); }
-static void attend_64(const struct chunk_call *call, int64_t head, int64_t row) { attend_chunk(64, call, head, row); }
-static void attend_96(const struct chunk_call *call, int64_t head, int64_t row) { attend_chunk(96, call, head, row); }
-static void attend_128(const struct chunk_call *call, int64_t head, int64_t row) { attend_chunk(128, call, head, row); }
+#define SPECIALISE(D)                                                                  \
+    static void attend_##D(const struct chunk_call *call, int64_t head, int64_t row) { \
+        attend_chunk(D, call, head, row);                                              \
+    }
+SPECIALISE(32)
+SPECIALISE(64)
+SPECIALISE(80)
+SPECIALISE(96)
+SPECIALISE(128)
+SPECIALISE(256)
 
 /* Item: one tile of rows of one KV head. The last tiles see most of the chunk, so they go first. */
 static void chunk_item(void *context, int64_t item) {
-    static void (*const attend[])(const struct chunk_call *, int64_t, int64_t) = {attend_32, attend_64, attend_96,
-                                                                                  attend_128};
     const struct chunk_call *call = context;
     const int64_t head = item % call->args->kv_heads, tile = call->tiles - 1 - item / call->args->kv_heads;
-    attend[call->args->head_dim / 32 - 1](call, head, tile * call->tile_rows);
+    const int64_t row = tile * call->tile_rows;
+    switch (call->args->head_dim) {
+        case 32: attend_32(call, head, row); break;
+        case 64: attend_64(call, head, row); break;
+        case 80: attend_80(call, head, row); break;
+        case 96: attend_96(call, head, row); break;
+        case 128: attend_128(call, head, row); break;
+        default: attend_256(call, head, row);
+    }
 }
 
 EXPORT const int kvferry_chunk_args_size = sizeof(struct chunk_args); /* native.py compares */
 
 EXPORT int kvferry_chunk(const struct chunk_args *a) {
-    if (a->head_dim % 32 || a->head_dim < 32 || a->head_dim > MAX_HEAD_DIM) return STATUS_HEAD_DIM;
-    for (int64_t i = 0; i < a->num_blocks; i++)
+    if (!supported_head_dim(a->head_dim)) return STATUS_HEAD_DIM;
+    const int64_t visible = first_visible(&a->rule, a->num_blocks * a->block_size);
+    for (int64_t i = visible / a->block_size; i < a->num_blocks; i++)
         if (a->table[i] < 0 || a->table[i] >= a->pool_blocks) return STATUS_BLOCK_ID;
     const int64_t rows = a->tokens * a->group;
     struct chunk_call call = {.args = a, .tile_rows = TILE_ROWS};

@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvferry.kernels.layout import PAGE, page_bytes
+from kvferry.kernels.layout import BlockLayout, LayerLayout
 from kvferry.kernels.packed import DecodeBatch, PackedPrefix
+from kvferry.kernels.page import PageFormat
+from kvferry.kernels.scales import unit_offset, zero_step
+from kvferry.kernels.spec import TensorSpec
 
 LIBRARY = Path(__file__).with_name("_native.so")
-HEAD_DIMS = (32, 64, 96, 128)
-NAMES = {1: "cpu-avx2-int8/1", 2: "cpu-avx2-int8x2/1"}
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+NAMES = {1: "cpu-avx2-int8/3", 2: "cpu-avx2-int8x2/3"}
 """By the terms of decode attention."""
 
 _NOT_FINITE = 1
@@ -28,10 +31,41 @@ _MESSAGES = {
     7: "terms must be 1 or 2",
 }
 _OUT_OF_MEMORY = 6
+_NO_WINDOW = 2**62
+_MAX_SINKS = 16
+"""A smallest key group: sinks of a page lie in its first one."""
 
 
 class NativeUnavailable(RuntimeError):
     """Why the native kernels do not run here: not built, not this CPU, not this model."""
+
+
+class _TensorFormat(ctypes.Structure):
+    """struct tensor_format of page.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("codes", "scale", "zero", "bits", "group", "byte_scales")),
+        *((name, ctypes.c_float) for name in ("unit_offset", "zero_step")),
+        *((name, ctypes.c_int64) for name in ("boosted", "boost", "channels")),
+        *((name, ctypes.c_float) for name in ("boosted_unit_offset", "boosted_zero_step")),
+    )
+
+
+class _PageFormat(ctypes.Structure):
+    """struct page_format of page.h."""
+
+    _fields_ = (
+        ("key", _TensorFormat),
+        ("value", _TensorFormat),
+        ("tokens", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
+    )
+
+
+class _ScoreRule(ctypes.Structure):
+    """struct score_rule of rule.h."""
+
+    _fields_ = (("window", ctypes.c_int64), ("scale", ctypes.c_float), ("softcap", ctypes.c_float))
 
 
 class _QuantizeArgs(ctypes.Structure):
@@ -53,6 +87,7 @@ class _QuantizeArgs(ctypes.Structure):
                 "threads",
             )
         ),
+        ("page", _PageFormat),
     )
 
 
@@ -97,7 +132,8 @@ class _DecodeArgs(ctypes.Structure):
                 "terms",
             )
         ),
-        ("scale", ctypes.c_float),
+        ("page", _PageFormat),
+        ("rule", _ScoreRule),
     )
 
 
@@ -128,7 +164,8 @@ class _ChunkArgs(ctypes.Structure):
                 "threads",
             )
         ),
-        ("scale", ctypes.c_float),
+        ("page", _PageFormat),
+        ("rule", _ScoreRule),
     )
 
 
@@ -153,15 +190,17 @@ class NativeKernels:
             function.argtypes = (ctypes.c_void_p,)
             function.restype = ctypes.c_int
 
-    def quantize_block(self, keys: Tensor, values: Tensor, *, sink_tokens: int, out: Tensor) -> None:
+    def quantize_block(self, keys: Tensor, values: Tensor, page: PageFormat, *, sink_tokens: int, out: Tensor) -> None:
         """See `PackedKernels`. Any strides over heads and tokens; after a ValueError `out` holds garbage."""
         kv_heads, tokens, head_dim = keys.shape
-        pages = tokens // PAGE
+        pages = tokens // page.tokens
         _expect("keys", keys, torch.float16, (kv_heads, tokens, head_dim), inner=1)
         _expect("values", values, torch.float16, (kv_heads, tokens, head_dim), inner=1)
-        if tokens % PAGE or not 0 <= sink_tokens < PAGE:
-            raise ValueError(f"cannot pack {tokens} tokens with {sink_tokens} sinks in pages of {PAGE}")
-        _expect("out", out, torch.uint8, (kv_heads, pages, page_bytes(head_dim)), inner=3)
+        if tokens % page.tokens or not 0 <= sink_tokens <= _MAX_SINKS:
+            raise ValueError(f"cannot pack {tokens} tokens with {sink_tokens} sinks in pages of {page.tokens}")
+        if head_dim != page.head_dim:
+            raise ValueError(f"keys of head_dim {head_dim} do not fit pages of {page.head_dim}")
+        _expect("out", out, torch.uint8, (kv_heads, pages, page.num_bytes), inner=3)
         args = _QuantizeArgs(
             keys=keys.data_ptr(),
             values=values.data_ptr(),
@@ -175,23 +214,34 @@ class NativeKernels:
             head_dim=head_dim,
             sink_tokens=sink_tokens,
             threads=torch.get_num_threads(),
+            page=_page_format(page),
         )
         _raise_for(self._quantize(ctypes.byref(args)))
 
-    def decode_attention(self, query: Tensor, batch: DecodeBatch, *, layer: int, scale: float) -> Tensor:
+    def decode_attention(
+        self,
+        query: Tensor,
+        batch: DecodeBatch,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """See `PackedKernels`. Block ids, slots and lengths are checked at each call."""
         rows = _rows(query)
         out = torch.empty_like(rows)
         args = self._decode_args(query, batch)
-        if not 0 <= layer < batch.pool.shape[1]:
-            raise ValueError(f"layer {layer} is not one of {batch.pool.shape[1]}")
+        share = _share(batch.layout, layer)
+        args.page = _page_format(share.page)
+        args.rule = _rule(scale, window, softcap)
         args.query = rows.data_ptr()
         args.out = out.data_ptr()
-        args.pool = batch.pool.data_ptr() + layer * batch.pool.stride(1)
+        args.pool = batch.pool.data_ptr() + share.offset
+        args.pool_head_stride = share.head_bytes
         args.sinks = batch.sinks.data_ptr() + 2 * layer * batch.sinks.stride(1)
         args.tails = batch.tails.data_ptr() + 2 * layer * batch.tails.stride(1)
         args.threads = torch.get_num_threads()
-        args.scale = scale
         _raise_for(self._decode(ctypes.byref(args)))
         return out if query.dtype == torch.float32 else out.to(query.dtype)
 
@@ -206,10 +256,11 @@ class NativeKernels:
             return _DecodeArgs.from_buffer_copy(last[2])
         size, query_heads, head_dim = query.shape
         pool, sinks, tails, tables = batch.pool, batch.sinks, batch.tails, batch.block_tables
-        blocks, layers, kv_heads, pages, _ = pool.shape
-        slots, block_size, sink_tokens = tails.shape[0], pages * PAGE, sinks.shape[-2]
+        layout = batch.layout
+        blocks, layers, kv_heads = pool.shape[0], layout.num_layers, layout.num_kv_heads
+        slots, block_size, sink_tokens = tails.shape[0], layout.block_size, sinks.shape[-2]
         head = (layers, kv_heads)
-        _expect("pool", pool, torch.uint8, (blocks, *head, pages, page_bytes(head_dim)), 2)
+        _expect("pool", pool, torch.uint8, (blocks, layout.block_bytes), 1)
         _expect("sinks", sinks, torch.float16, (slots, *head, 2, sink_tokens, head_dim), 3)
         _expect("tails", tails, torch.float16, (slots, layers, 2, kv_heads, block_size, head_dim), 2)
         _expect("block_tables", tables, torch.int32, (size, tables.shape[1]), 2)
@@ -223,7 +274,6 @@ class NativeKernels:
             tail_lens=batch.tail_lens.data_ptr(),
             pool_blocks=blocks,
             pool_block_stride=pool.stride(0),
-            pool_head_stride=pool.stride(2),
             num_slots=slots,
             sinks_slot_stride=sinks.stride(0),
             sinks_head_stride=sinks.stride(2),
@@ -251,21 +301,23 @@ class NativeKernels:
         *,
         layer: int,
         scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """See `PackedKernels`. Any strides over heads and tokens."""
+        layout = prefix.layout
+        share = _share(layout, layer)
         query_heads, tokens, head_dim = query.shape
         pool, sinks, table = prefix.pool, prefix.sinks, prefix.table
-        blocks, layers, kv_heads, pages, _ = pool.shape
+        blocks, layers, kv_heads = pool.shape[0], layout.num_layers, layout.num_kv_heads
         sink_tokens = sinks.shape[-2]
         _expect("keys", keys, torch.float16, (kv_heads, tokens, head_dim), 1)
         _expect("values", values, torch.float16, (kv_heads, tokens, head_dim), 1)
-        _expect("pool", pool, torch.uint8, (blocks, layers, kv_heads, pages, page_bytes(head_dim)), 2)
+        _expect("pool", pool, torch.uint8, (blocks, layout.block_bytes), 1)
         _expect("sinks", sinks, torch.float16, (layers, kv_heads, 2, sink_tokens, head_dim), 4)
         _expect("table", table, torch.int32, (table.shape[0],), 1)
-        if not 0 <= layer < layers:
-            raise ValueError(f"layer {layer} is not one of {layers}")
-        if sink_tokens >= PAGE:
-            raise ValueError(f"{sink_tokens} sinks do not fit the first page")
+        if sink_tokens > _MAX_SINKS:
+            raise ValueError(f"{sink_tokens} sinks are more than {_MAX_SINKS}")
         rows = _rows(query)
         out = torch.empty(query.shape, dtype=torch.float32)
         args = _ChunkArgs(
@@ -273,7 +325,7 @@ class NativeKernels:
             out=out.data_ptr(),
             keys=keys.data_ptr(),
             values=values.data_ptr(),
-            pool=pool.data_ptr() + layer * pool.stride(1),
+            pool=pool.data_ptr() + share.offset,
             sinks=sinks.data_ptr() + 2 * layer * sinks.stride(0),
             table=table.data_ptr(),
             query_head_stride=rows.stride(0),
@@ -284,16 +336,17 @@ class NativeKernels:
             value_token_stride=values.stride(1),
             pool_blocks=blocks,
             pool_block_stride=pool.stride(0),
-            pool_head_stride=pool.stride(2),
+            pool_head_stride=share.head_bytes,
             num_blocks=table.shape[0],
             kv_heads=kv_heads,
             group=_group(query_heads, kv_heads),
             tokens=tokens,
             head_dim=head_dim,
             sink_tokens=sink_tokens,
-            block_size=pages * PAGE,
+            block_size=layout.block_size,
             threads=torch.get_num_threads(),
-            scale=scale,
+            page=_page_format(share.page),
+            rule=_rule(scale, window, softcap),
         )
         _raise_for(self._chunk(ctypes.byref(args)))
         return out if query.dtype == torch.float32 else out.to(query.dtype)
@@ -343,6 +396,49 @@ def _openmp_entry() -> int | None:
         return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None
+
+
+def _share(layout: BlockLayout, layer: int) -> LayerLayout:
+    if not 0 <= layer < layout.num_layers:
+        raise ValueError(f"layer {layer} is not one of {layout.num_layers}")
+    return layout.layers[layer]
+
+
+@functools.lru_cache(maxsize=256)
+def _page_format(page: PageFormat) -> _PageFormat:
+    o = page.offsets
+
+    def tensor(spec: TensorSpec, codes: int, scale: int, zero: int) -> _TensorFormat:
+        return _TensorFormat(
+            codes=codes,
+            scale=scale,
+            zero=zero,
+            bits=spec.bits,
+            group=spec.group_size,
+            byte_scales=spec.scales == "8bit",
+            unit_offset=unit_offset(spec.bits),
+            zero_step=zero_step(spec.bits),
+            boosted=spec.boosted_channels(page.head_dim),
+            boost=o.k_boost,
+            channels=o.k_channels,
+            boosted_unit_offset=unit_offset(spec.bits + 2),
+            boosted_zero_step=zero_step(spec.bits + 2),
+        )
+
+    return _PageFormat(
+        key=tensor(page.spec.key, o.k_codes, o.k_scale, o.k_zero),
+        value=tensor(page.spec.value, o.v_codes, o.v_scale, o.v_zero),
+        tokens=page.tokens,
+        bytes=page.num_bytes,
+    )
+
+
+def _rule(scale: float, window: int | None, softcap: float | None) -> _ScoreRule:
+    if window is not None and window < 1:
+        raise ValueError(f"window {window} must be at least 1")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap {softcap} must be above 0")
+    return _ScoreRule(window=window or _NO_WINDOW, scale=scale, softcap=softcap or 0.0)
 
 
 def _rows(query: Tensor) -> Tensor:

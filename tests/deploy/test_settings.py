@@ -65,7 +65,7 @@ redis = "redis://file:1/0"
 def test_defaults() -> None:
     settings = Settings.load()
     assert settings.model == "demo"
-    assert (settings.block_size, settings.sink_tokens, settings.dtype) == (128, 4, "auto")
+    assert (settings.preset, settings.block_size, settings.sink_tokens, settings.dtype) == ("kv2", None, None, "auto")
     assert settings.gateway.host == settings.store.host == "127.0.0.1"
     assert (settings.store.memory, settings.decode.kv_memory) == (2**30, 2**29)
     assert settings.store.redis is None

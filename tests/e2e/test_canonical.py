@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from kvferry.deploy.causal_lm import SUPPORTED_FAMILIES
 from kvferry.deploy.worker_server import ModelRuntime
 from kvferry.kvstore.identity import namespace_of
 from kvferry.kvstore.key import block_keys
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 BLOCK_SIZE = 32
 NUM_BLOCKS = 5
 PROMPT_TOKENS = NUM_BLOCKS * BLOCK_SIZE + 7
@@ -22,7 +22,7 @@ def keys_of(runtime: ModelRuntime, token_ids: list[int], tenant: str = "default"
     return block_keys(namespace, token_ids)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
 async def test_same_bytes_and_tokens_however_the_blocks_come(
     family: str,
     runtime: Callable[[str], ModelRuntime],

@@ -36,6 +36,7 @@ def served(
     config = tmp_path / "kvferry.yaml"
     config.write_text(
         f"model: {tiny_model('qwen3')}\n"
+        "preset: kv16\n"
         "block_size: 32\n"
         "gateway: {port: 0}\n"
         "store: {port: 0, memory: 64MiB}\n"
@@ -132,4 +133,4 @@ def test_demo_on_the_real_model(tmp_path: Path, environment: dict[str, str]) -> 
     for request in result["requests"]:
         assert request["kv_bytes_bf16"] > 5 * request["kv_bytes_moved"] > 0
         assert request["text"]
-    assert 3.1 < result["effective_bits"] < 3.3
+    assert 2.7 < result["effective_bits"] < 2.9

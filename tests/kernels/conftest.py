@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,7 @@ class Cache:
         padded = [t + [2**30] * (width - len(t)) for t in tables]
         int32 = torch.int32
         return DecodeBatch(
+            layout=self.layout,
             pool=self.pool,
             sinks=self.sinks,
             tails=self.tails,
@@ -95,7 +97,9 @@ class Cache:
         )
 
     def prefix(self, table: list[int], slot: int = 0) -> PackedPrefix:
-        return PackedPrefix(pool=self.pool, table=torch.tensor(table, dtype=torch.int32), sinks=self.sinks[slot])
+        return PackedPrefix(
+            layout=self.layout, pool=self.pool, table=torch.tensor(table, dtype=torch.int32), sinks=self.sinks[slot]
+        )
 
 
 CacheFactory = Callable[..., Cache]
@@ -107,18 +111,22 @@ def make_cache() -> CacheFactory:
         *,
         head_dim: int = 64,
         kv_heads: int = 2,
-        layers: int = 2,
+        num_layers: int = 2,
         blocks: int = 9,
         slots: int = 4,
         block_size: int = 128,
         sink_tokens: int = 4,
         unused: tuple[int, ...] = (),
+        **layers: Any,
     ) -> Cache:
-        spec = KVQuantSpec(block_size=block_size, sink_tokens=sink_tokens)
-        layout = BlockLayout(num_layers=layers, num_kv_heads=kv_heads, head_dim=head_dim, spec=spec)
-        shape = (blocks, layers, kv_heads, block_size, head_dim)
+        spec = KVQuantSpec(block_size=block_size, sink_tokens=sink_tokens, **layers)
+        layout = BlockLayout(num_layers=num_layers, num_kv_heads=kv_heads, head_dim=head_dim, spec=spec)
+        shape = (blocks, kv_heads, block_size, head_dim)
         channels = torch.rand(head_dim).mul(2).exp()  # outlier channels, as keys have
-        pool = quantize_pages((torch.randn(shape) * channels).half(), torch.randn(shape).half())
+        pool = torch.empty(blocks, layout.block_bytes, dtype=torch.uint8)
+        for index, layer in enumerate(layout.layers):
+            keys, values = (torch.randn(shape) * channels).half(), torch.randn(shape).half()
+            layout.layer_pages(pool, index).copy_(quantize_pages(keys, values, layer.page))
         for block in unused:
             pool[block] = 255
         return Cache(

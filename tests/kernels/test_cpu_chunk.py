@@ -24,7 +24,7 @@ def own_kv(cache: Any, tokens: int) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 16])
 @pytest.mark.parametrize("table", [[], [5, 0, 3]], ids=["no prefix", "prefix"])
 def test_chunk_attention(

@@ -27,7 +27,7 @@ def one_term(native: NativeKernels) -> NativeKernels:
     return load(terms=1)
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 16])
 def test_decode_attention(
     native: NativeKernels, make_cache: MakeCache, assert_close: Check, head_dim: int, group: int
@@ -43,7 +43,7 @@ def test_decode_attention(
             assert_close(f"layer {layer} row {row}", expected[row], actual[row], RATIO)
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
 def test_one_term(
     make_cache: MakeCache, assert_close: Check, one_term: NativeKernels, head_dim: int, group: int
@@ -98,7 +98,7 @@ def test_one_token_context(native: NativeKernels, make_cache: MakeCache, assert_
 
 def test_long_context(native: NativeKernels, make_cache: MakeCache, assert_close: Check) -> None:
     """More pages than a piece has, ending in the middle of one."""
-    cache = make_cache(head_dim=128, kv_heads=1, layers=1, blocks=37)
+    cache = make_cache(head_dim=128, kv_heads=1, num_layers=1, blocks=37)
     table = torch.randperm(37).tolist()
     batch = cache.batch([table], [100])
     query = cache.query(4, 1)
@@ -168,13 +168,14 @@ def test_a_row_has_the_same_bits_in_any_company(native: NativeKernels, make_cach
 
 
 def test_pool_and_sink_views(native: NativeKernels, make_cache: MakeCache) -> None:
-    """A pool that is a slice of a larger one, and one head's layer strides."""
+    """A pool that is a slice of a larger one, at the odd offset that bytes may have."""
     cache = make_cache()
-    big = torch.empty(9, 4, 2, *cache.pool.shape[3:], dtype=torch.uint8)
-    big[:, 1:3] = cache.pool
+    size = cache.pool.shape[1]
+    big = torch.empty(9, size + 100, dtype=torch.uint8)
+    big[:, 31 : 31 + size] = cache.pool
     query, batch = cache.query(2, 1), cache.batch([[3, 6]], [9])
     expected = native.decode_attention(query, batch, layer=1, scale=cache.scale)
-    view = dataclasses.replace(batch, pool=big[:, 1:3])
+    view = dataclasses.replace(batch, pool=big[:, 31 : 31 + size])
     assert torch.equal(native.decode_attention(query, view, layer=1, scale=cache.scale), expected)
 
 
@@ -232,8 +233,11 @@ def test_wrong_arguments_are_refused(native: NativeKernels, make_cache: MakeCach
     refused("block_tables must be", block_tables=good.block_tables.long())
     refused("slots must be", slots=int32(1, 2))
     refused("pool must be", pool=cache.pool[..., :-1])
-    refused("contiguous", pool=cache.pool.transpose(3, 4).contiguous().transpose(3, 4))
+    refused("contiguous", pool=cache.pool.T.contiguous().T)
     refused("tails must be", tails=cache.tails.float())
     refused("sinks must be", sinks=cache.sinks[:2])
     refused("cannot share", q=torch.zeros(1, 3, 64))
     refused("layer 2", layer=2)
+    for rule, match in (({"window": 0}, "window 0"), ({"softcap": 0.0}, "softcap 0.0")):
+        with pytest.raises(ValueError, match=match):
+            native.decode_attention(query, good, layer=0, scale=0.1, **rule)

@@ -3,114 +3,64 @@
 from __future__ import annotations
 
 import math
-import struct
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from kvferry.kernels.layout import (
-    BlockLayout,
-    join_page,
-    page_bytes,
-    planar_pack,
-    planar_unpack,
-    split_page,
+from kvferry.kernels.layout import BlockLayout
+from kvferry.kernels.spec import KVQuantSpec, LayerSpec, TensorSpec
+
+MIXED = (
+    (1, LayerSpec(key=TensorSpec(bits=4, group_size=64, scales="8bit"), value=TensorSpec(bits=16))),
+    (2, LayerSpec(value=TensorSpec(group_size=64, scales="8bit"))),
 )
-from kvferry.kernels.spec import KVQuantSpec
-
-HEAD_DIMS = (32, 64, 96, 128, 256)
+"""Layers that differ in everything, beside a plain layer 0."""
 
 
-def parts(head_dim: int, *lead: int) -> tuple[torch.Tensor, ...]:
-    d = head_dim
-    return (
-        torch.randint(0, 4, (*lead, 32, d), dtype=torch.uint8),
-        torch.randn(*lead, d).half(),
-        torch.randn(*lead, d).half(),
-        torch.randint(0, 4, (*lead, 32, d), dtype=torch.uint8),
-        torch.randn(*lead, 32, d // 32).half(),
-        torch.randn(*lead, 32, d // 32).half(),
-    )
-
-
-def pack_by_hand(
-    k: list[list[int]],
-    k_scale: list[float],
-    k_zero: list[float],
-    v: list[list[int]],
-    v_scale: list[list[float]],
-    v_zero: list[list[float]],
-) -> bytes:
-    """A page from the table in layout.py, one value at a time."""
-    d = len(k_scale)
-
-    def planar(codes: list[int]) -> list[int]:
-        quarter = d // 4
-        return [sum(codes[i * quarter + b] << (2 * i) for i in range(4)) for b in range(quarter)]
-
-    rows = [planar(token) for token in k]
-    out = b""
-    for word in range(d // 8):
-        for token in range(32):
-            out += struct.pack("<H", rows[token][2 * word] | rows[token][2 * word + 1] << 8)
-    out += struct.pack(f"<{d}e", *k_scale) + struct.pack(f"<{d}e", *k_zero)
-    out += b"".join(bytes(planar(token)) for token in v)
-    for numbers in (v_scale, v_zero):
-        for group in range(d // 32):
-            out += struct.pack("<32e", *(numbers[token][group] for token in range(32)))
-    return out
-
-
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_join_page_bytes(head_dim: int) -> None:
-    page = parts(head_dim)
-    assert bytes(join_page(*page).tolist()) == pack_by_hand(*(p.tolist() for p in page))
-
-
-def test_join_page_golden() -> None:
-    """D = 32: token t has K code t % 4 and V code 3 in channel 9 alone, everything else 0."""
-    k, v = torch.zeros(2, 32, 32, dtype=torch.uint8)
-    k[:, 9], v[:, 9] = torch.arange(32) % 4, 3
-    zero = torch.zeros(32).half()
-    page = join_page(k, zero, zero, v, zero[:, None], zero[:, None]).tolist()
-    # Channel 9 is field 1 of planar byte 1, so it is bits 10-11 of word 0 and bits 2-3 of byte 1.
-    assert page[:8] == [0, 0, 0, 1 << 2, 0, 2 << 2, 0, 3 << 2]
-    assert sum(page[64 : 12 * 32]) == 0
-    assert page[12 * 32 : 12 * 32 + 16] == [0, 3 << 2, 0, 0, 0, 0, 0, 0] * 2
-    assert len(page) == 24 * 32
-
-
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_split_page_inverts_join_page(head_dim: int) -> None:
-    page = parts(head_dim, 3, 2)
-    joined = join_page(*page)
-    assert joined.shape == (3, 2, page_bytes(head_dim)) == (3, 2, 24 * head_dim)
-    for expected, actual in zip(page, split_page(joined, head_dim), strict=True):
-        assert torch.equal(expected, actual)
-
-
-def test_planar_pack_round_trip() -> None:
-    codes = torch.randint(0, 4, (5, 96), dtype=torch.uint8)
-    assert torch.equal(planar_unpack(planar_pack(codes)), codes)
-
-
-def layout(**options: int) -> BlockLayout:
+def layout(**options: Any) -> BlockLayout:
     return BlockLayout(num_layers=3, num_kv_heads=2, head_dim=64, spec=KVQuantSpec(**options))
 
 
 def test_sizes() -> None:
     small = layout(block_size=96)
-    assert small.pages == 3
-    assert small.pool_shape == (3, 2, 3, 24 * 64)
     assert small.block_bytes == 3 * 2 * 3 * 24 * 64
     assert small.payload_bytes(1) == small.block_bytes
     assert small.payload_bytes(0) == small.block_bytes + 3 * 2 * 2 * 4 * 64 * 2
 
 
+def test_layers_lie_one_after_the_other() -> None:
+    shape = layout(overrides=MIXED)
+    d, heads = 64, 2
+    sizes = [
+        heads * 4 * 24 * d,
+        heads * 2 * (2048 + 2 * d + 64 * d * 2),
+        heads * 4 * (768 + 512 + 2 * 32),
+    ]
+    assert [layer.offset for layer in shape.layers] == [0, sizes[0], sizes[0] + sizes[1]]
+    assert shape.block_bytes == sum(sizes)
+    pool = torch.arange(2 * shape.block_bytes).view(2, -1)
+    view = shape.layer_pages(pool, 1)
+    assert view.shape == (2, heads, 2, shape.layers[1].page.num_bytes)
+    assert view[1].flatten().tolist() == list(
+        range(shape.block_bytes + sizes[0], shape.block_bytes + sizes[0] + sizes[1])
+    )
+    assert shape.effective_bits(128 * 1000) == pytest.approx(
+        8 * sum(sizes) / (3 * heads * 128 * d * 2) + 4 * 16 / 128_000
+    )
+
+
+def test_a_spec_for_a_larger_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="names layers"):
+        layout(overrides=((3, LayerSpec()),))
+
+
+@pytest.mark.parametrize("overrides", [(), MIXED], ids=["alike", "mixed"])
 @pytest.mark.parametrize("sink_tokens", [0, 4, 16])
-def test_payload_round_trip(sink_tokens: int) -> None:
-    shape = layout(sink_tokens=sink_tokens)
-    block = torch.randint(0, 256, shape.pool_shape, dtype=torch.uint8) & 0xBF  # no fp16 in it is Inf or NaN
+def test_payload_round_trip(sink_tokens: int, overrides: Any) -> None:
+    shape = layout(sink_tokens=sink_tokens, overrides=overrides)
+    block = torch.randint(0, 256, (shape.block_bytes,), dtype=torch.uint8) & 0xBF  # no fp16 in it is Inf or NaN
     sinks = torch.randn(shape.sink_shape).half()
     first = shape.join_payload(block, sinks)
     assert first.shape == (shape.payload_bytes(0),)
@@ -127,11 +77,13 @@ def test_payload_round_trip(sink_tokens: int) -> None:
 @pytest.mark.parametrize("block_index", [0, 3])
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_floats_that_are_not_finite_are_refused(block_index: int, number: float) -> None:
-    """Every fp16 of a payload in turn; the codes may be any bytes."""
+    """Every fp16 of a head in turn; the codes may be any bytes."""
     shape = layout()
     d = shape.head_dim
-    block = torch.zeros(shape.pool_shape, dtype=torch.uint8)
-    block[..., : 8 * d] = block[..., 12 * d : 20 * d] = 255
+    block = torch.zeros(shape.block_bytes, dtype=torch.uint8)
+    for layer in range(3):
+        pages = shape.layer_pages(block, layer)
+        pages[..., : 8 * d] = pages[..., 12 * d : 20 * d] = 255
     sinks = torch.zeros(shape.sink_shape).half() if block_index == 0 else None
     payload = shape.join_payload(block, sinks)
     shape.split_payload(payload, block_index)
@@ -145,13 +97,44 @@ def test_floats_that_are_not_finite_are_refused(block_index: int, number: float)
             shape.split_payload(damaged, block_index)
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_every_layer_is_looked_at(layer: int) -> None:
+    """Infinity as the last fp16 of layer 0 and 1, and as the first 8-bit scale of layer 2."""
+    shape = layout(overrides=MIXED)
+    payload = shape.join_payload(torch.zeros(shape.block_bytes, dtype=torch.uint8), None)
+    page = shape.layers[layer].page
+    share = shape.layer_pages(payload, layer)[1, -1]
+    if layer == 2:
+        share[page.offsets.v_scale] = 248
+    else:
+        share[-2:] = torch.tensor([math.inf]).half().view(torch.uint8)
+    with pytest.raises(ValueError, match="not finite"):
+        shape.split_payload(payload, 1)
+
+
+@pytest.mark.parametrize("channels", [[64], [3, 3], [5, 4], [0, 255]], ids=str)
+@pytest.mark.parametrize("head", [0, 1])
+def test_boosted_channels_that_do_not_exist_are_refused(channels: list[int], head: int) -> None:
+    """They would be indices outside a head."""
+    shape = layout(layer=LayerSpec(key=TensorSpec(boost=4)))
+    payload = torch.zeros(shape.block_bytes, dtype=torch.uint8)
+    for layer in range(3):
+        begin = shape.layers[layer].page.offsets.k_channels
+        shape.layer_pages(payload, layer)[..., begin : begin + 16] = torch.arange(0, 64, 4, dtype=torch.uint8)
+    shape.split_payload(payload, 1)
+    share = shape.layer_pages(payload, 1)[head, -1]
+    share[begin + 16 - len(channels) : begin + 16] = torch.tensor(channels, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="boosted channels"):
+        shape.split_payload(payload, 1)
+
+
 def test_payload_of_block_0_is_one_slice_a_head() -> None:
     shape = layout()
-    block = torch.randint(0, 256, shape.pool_shape, dtype=torch.uint8)
+    block = torch.randint(0, 256, (shape.block_bytes,), dtype=torch.uint8)
     sinks = torch.randn(shape.sink_shape).half()
     slices = shape.join_payload(block, sinks).view(3, 2, -1)
     raw = sinks[1, 0].view(torch.uint8).flatten()
-    assert torch.equal(slices[1, 0], torch.cat([raw, block[1, 0].flatten()]))
+    assert torch.equal(slices[1, 0], torch.cat([raw, shape.layer_pages(block, 1)[0].flatten()]))
 
 
 @pytest.mark.parametrize("block_index", [0, 1])
@@ -170,13 +153,36 @@ def test_effective_bits() -> None:
     assert layout().effective_bits(128) == pytest.approx(3.0 + 4 * 16 / 128)
 
 
-@pytest.mark.parametrize("head_dim", [0, 31, 48, 288])
-def test_head_dim_outside_the_layout_is_refused(head_dim: int) -> None:
-    with pytest.raises(ValueError, match="head_dim"):
-        BlockLayout(num_layers=1, num_kv_heads=1, head_dim=head_dim, spec=KVQuantSpec())
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TensorSpec(bits=3), "bits 3 is not one of 2, 4, 8, 16"),
+        (lambda: TensorSpec(group_size=48), "group_size 48"),
+        (lambda: TensorSpec(scales="fp8"), "scales 'fp8'"),
+        (lambda: TensorSpec(bits=8, scales="8bit"), "8 bits need scales"),
+        (lambda: KVQuantSpec(block_size=40), "block_size 40 must be a multiple of 32"),
+        (lambda: KVQuantSpec(block_size=96, overrides=MIXED), "block_size 96 must be a multiple of 64"),
+        (lambda: KVQuantSpec(sink_tokens=17), "sink_tokens 17"),
+        (lambda: KVQuantSpec(fit="none"), "fit 'none'"),
+        (lambda: KVQuantSpec(overrides=MIXED[::-1]), "must ascend"),
+    ],
+    ids=str,
+)
+def test_specs_that_cannot_be_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
-@pytest.mark.parametrize("options", [{"bits": 4}, {"group_size": 64}, {"block_size": 40}, {"sink_tokens": 17}], ids=str)
-def test_spec_outside_this_release_is_refused(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError):
-        KVQuantSpec(**options)
+def test_every_field_is_in_the_digest() -> None:
+    specs = [
+        KVQuantSpec(),
+        KVQuantSpec(sink_tokens=5),
+        KVQuantSpec(block_size=64),
+        *(
+            KVQuantSpec(**{field: value})
+            for tensor in (TensorSpec(bits=4), TensorSpec(group_size=64), TensorSpec(scales="8bit"))
+            for layer in (LayerSpec(key=tensor), LayerSpec(value=tensor))
+            for field, value in (("layer", layer), ("overrides", ((0, layer),)), ("overrides", ((1, layer),)))
+        ),
+    ]
+    assert len({spec.digest() for spec in specs}) == len(specs)

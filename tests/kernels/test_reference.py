@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvferry.kernels.layout import split_page
+from kvferry.kernels.page import PageFormat
 from kvferry.kernels.reference import (
     ReferenceKernels,
+    ScoreRule,
     attend,
     dequantize_pages,
     fit_groups,
     merge,
     quantize_pages,
-    unfold,
+    widest_channels,
 )
+from kvferry.kernels.scales import unfold
+from kvferry.kernels.spec import LayerSpec, TensorSpec
 
 kernels = ReferenceKernels()
 Everything = torch.tensor(True)
+TWO_BITS = TensorSpec()
+RULE = ScoreRule(0.2)
+TENSORS = [
+    TensorSpec(bits=bits, group_size=group, scales=scales)
+    for bits, group, scales in itertools.product((2, 4, 8), (16, 32, 64, 128), ("fp16", "8bit"))
+    if (bits, scales) != (8, "8bit")
+]
 
 
-def restore(x: Tensor, valid: Tensor = Everything) -> Tensor:
-    codes, scale, zero = fit_groups(x, valid)
-    s, z = unfold(scale, zero)
+def plain(head_dim: int) -> PageFormat:
+    return PageFormat(head_dim, LayerSpec())
+
+
+def restore(x: Tensor, valid: Tensor = Everything, tensor: TensorSpec = TWO_BITS) -> Tensor:
+    codes, scale, zero = fit_groups(x, valid, tensor.bits, tensor.scales)
+    s, z = unfold(scale, zero, tensor.bits)
     return codes.float() * s[..., None] + z[..., None]
 
 
@@ -38,6 +53,36 @@ def test_fit_beats_min_max() -> None:
     fitted = (restore(x) - x).square().mean()
     assert fitted < 0.095
     assert fitted < 0.65 * (min_max - x).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error"),
+    [
+        (TensorSpec(scales="8bit"), 0.0965),
+        (TensorSpec(group_size=64), 0.111),
+        (TensorSpec(group_size=64, scales="8bit"), 0.1115),
+        (TensorSpec(group_size=16, scales="8bit"), 0.0735),
+        (TensorSpec(bits=4), 0.0056),
+        (TensorSpec(bits=4, scales="8bit"), 0.0065),
+        (TensorSpec(bits=8), 2.1e-5),
+    ],
+    ids=str,
+)
+def test_error_of_formats(tensor: TensorSpec, error: float) -> None:
+    """Mean square error on unit normal data; see docs/layout.md."""
+    x = torch.randn(4096, tensor.group_size)
+    assert (restore(x, tensor=tensor) - x).square().mean() < error
+
+
+@pytest.mark.parametrize("tensor", TENSORS, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 3.0, -40.0, 500.0])
+def test_groups_far_from_zero(tensor: TensorSpec, offset: float) -> None:
+    """A channel with a large mean and little spread: its error stays near the step that its scale encoding can take."""
+    x = torch.randn(512, tensor.group_size) + offset
+    error = (restore(x, tensor=tensor) - x).abs().mean()
+    steps = 2.0**tensor.bits
+    reach = abs(offset) / (4 * steps) if tensor.scales == "8bit" else 0.0  # the least scale whose zero point fits
+    assert error <= max(4.0 / steps, reach) + (abs(offset) + 4) * 2**-10
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.25, 1000.0, -16384.0, 1e-4, 6e-8])
@@ -56,9 +101,9 @@ def test_magnitudes(magnitude: float) -> None:
 
 def test_values_beyond_the_limit_are_clamped() -> None:
     x = torch.tensor([-65504.0, 65504.0]).repeat(16)[None]
-    codes, scale, zero = fit_groups(x, Everything)
+    codes, scale, zero = fit_groups(x, Everything, 2, "fp16")
     assert scale.isfinite().all() and zero.isfinite().all()
-    s, z = unfold(scale, zero)
+    s, z = unfold(scale, zero, 2)
     assert torch.allclose(codes.float() * s + z, x.clamp(-16384, 16384), rtol=2e-3)
 
 
@@ -74,9 +119,9 @@ def test_masked_values_do_not_count() -> None:
     wild = x.clone()
     wild[:, :4] = 1e4
     valid = torch.arange(32) >= 4
-    for a, b in zip(fit_groups(x, valid), fit_groups(wild, valid), strict=True):
+    for a, b in zip(fit_groups(x, valid, 2, "fp16"), fit_groups(wild, valid, 2, "fp16"), strict=True):
         assert torch.equal(a, b)
-    codes, scale, zero = fit_groups(wild, torch.zeros(32, dtype=torch.bool))
+    codes, scale, zero = fit_groups(wild, torch.zeros(32, dtype=torch.bool), 2, "fp16")
     assert not codes.any() and not scale.any() and not zero.any()
 
 
@@ -86,41 +131,84 @@ def test_not_finite_is_refused(bad: float, where: str) -> None:
     k, v = torch.randn(2, 2, 64, 32).half()
     (k if where == "keys" else v)[1, 40, 3] = bad
     with pytest.raises(ValueError, match="not finite"):
-        quantize_pages(k, v)
+        quantize_pages(k, v, plain(32))
 
 
-def test_sinks_are_left_out() -> None:
-    k, v = torch.randn(2, 2, 64, 64).half()
-    pages = quantize_pages(k, v, sink_tokens=4)
-    k_codes, _, _, v_codes, v_scale, v_zero = split_page(pages, 64)
-    assert not k_codes[:, 0, :4].any() and not v_codes[:, 0, :4].any()
-    assert not v_scale[:, 0, :4].any() and not v_zero[:, 0, :4].any()
-    k[:, :4] = 100.0  # what the sinks hold does not matter
-    again = split_page(quantize_pages(k, v, sink_tokens=4), 64)
-    assert torch.equal(again[0], k_codes)
-    assert torch.equal(pages[:, 1], quantize_pages(k, v)[:, 1])
+@pytest.mark.parametrize("tensor", [*TENSORS, TensorSpec(bits=16)], ids=str)
+def test_sinks_are_left_out(tensor: TensorSpec) -> None:
+    page = PageFormat(64, LayerSpec(key=tensor, value=tensor))
+    k, v = torch.randn(2, 2, 256, 64).half()
+    pages = quantize_pages(k, v, page, sink_tokens=4)
+    keys, values = page.split(pages)
+    if isinstance(keys, Tensor) or isinstance(values, Tensor):
+        assert isinstance(keys, Tensor) and isinstance(values, Tensor)
+        assert not keys[:, 0, :4].any() and not values[:, 0, :4].any()
+    else:
+        assert not keys.codes[:, 0, :4].any() and not values.codes[:, 0, :4].any()
+        assert not values.scale[:, 0, :4].any() and not values.zero[:, 0, :4].any()
+    k[:, :4] = v[:, :4] = 100.0  # what the sinks hold does not matter
+    assert torch.equal(quantize_pages(k, v, page, sink_tokens=4), pages)
+    assert torch.equal(pages[:, 1:], quantize_pages(k, v, page)[:, 1:])
 
 
-def test_quantization_error_of_pages() -> None:
-    k, v = torch.randn(2, 3, 128, 96).half()
-    keys, values = dequantize_pages(quantize_pages(k, v), 96)
-    for x, y in ((k, keys), (v, values)):
-        assert (x.float() - y).square().mean() < 0.11
+@pytest.mark.parametrize("tensor", [*TENSORS, TensorSpec(bits=16)], ids=str)
+@pytest.mark.parametrize("head_dim", [80, 96])
+def test_quantization_error_of_pages(tensor: TensorSpec, head_dim: int) -> None:
+    """Also where the last value group of a token is short, and where keys and values differ."""
+    k, v = torch.randn(2, 3, 128, head_dim).half()
+    for spec in (LayerSpec(key=tensor), LayerSpec(value=tensor)):
+        page = PageFormat(head_dim, spec)
+        pages = quantize_pages(k, v, page)
+        assert pages.shape == (3, 128 // page.tokens, page.num_bytes)
+        keys, values = dequantize_pages(pages, page)
+        for x, y, bits in ((k, keys, spec.key.bits), (v, values, spec.value.bits)):
+            assert (x.float() - y).square().mean() < {2: 0.12, 4: 0.012, 8: 0.002, 16: 1e-9}[bits]
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("scales", ["fp16", "8bit"])
+def test_boosted_channels_are_the_widest(head_dim: int, scales: str) -> None:
+    """They are stored as 4-bit keys would be, the others as 2-bit ones."""
+    tensor = TensorSpec(group_size=64, scales=scales, boost=4)
+    page = PageFormat(head_dim, LayerSpec(key=tensor))
+    wide = torch.randperm(head_dim)[: page.boosted].sort().values
+    strength = torch.ones(head_dim).scatter(0, wide, 8.0)
+    k, v = (torch.randn(3, 128, head_dim) * strength).half(), torch.randn(3, 128, head_dim).half()
+    keys, _ = dequantize_pages(quantize_pages(k, v, page, sink_tokens=4), page)
+    for bits, channels in ((4, strength > 1), (2, strength == 1)):
+        alike = PageFormat(head_dim, LayerSpec(key=replace(tensor, bits=bits, boost=0)))
+        expected, _ = dequantize_pages(quantize_pages(k, v, alike, sink_tokens=4), alike)
+        assert torch.equal(keys[..., channels], expected[..., channels])
+
+
+def test_boosted_channels_of_4_bits_have_6() -> None:
+    boosted = PageFormat(64, LayerSpec(key=TensorSpec(bits=4, boost=2)))
+    k = torch.randn(3, 128, 64).half()
+    k[..., :8] *= 4.0
+    keys, _ = dequantize_pages(quantize_pages(k, k, boosted), boosted)
+    errors = (keys - k.float()).square().mean((0, 1)) / k.float().square().mean((0, 1))
+    assert errors[:8].max() < 6e-4 < 4e-3 < errors[8:].min()
+
+
+def test_widest_channels_of_equal_ones_are_the_first() -> None:
+    valid = torch.ones(1, 64, dtype=torch.bool)
+    assert widest_channels(torch.zeros(1, 64, 32), valid, 8).tolist() == [list(range(8))]
+    assert widest_channels(torch.zeros(1, 64, 32), ~valid, 8).tolist() == [list(range(8))]
 
 
 def test_merge_of_parts_is_the_whole() -> None:
     q, k, v = torch.randn(2, 3, 5, 32), torch.randn(2, 40, 32), torch.randn(2, 40, 32)
     every = torch.ones(40, dtype=torch.bool)
-    whole, _ = attend(q, k, v, every, 0.2)
+    whole, _ = attend(q, k, v, every, RULE)
     cuts = (0, 1, 17, 40)
-    parts = [attend(q, k[:, a:b], v[:, a:b], every[a:b], 0.2) for a, b in itertools.pairwise(cuts)]
+    parts = [attend(q, k[:, a:b], v[:, a:b], every[a:b], RULE) for a, b in itertools.pairwise(cuts)]
     assert torch.allclose(merge(parts), whole, atol=1e-6)
 
 
 def test_merge_ignores_an_empty_part() -> None:
     q, k, v = torch.randn(1, 1, 2, 32), torch.randn(1, 8, 32), torch.randn(1, 8, 32)
-    some = attend(q, k, v, torch.ones(8, dtype=torch.bool), 0.2)
-    none = attend(q, k, v, torch.zeros(8, dtype=torch.bool), 0.2)
+    some = attend(q, k, v, torch.ones(8, dtype=torch.bool), RULE)
+    none = attend(q, k, v, torch.zeros(8, dtype=torch.bool), RULE)
     assert torch.allclose(merge([none, some]), some[0])
 
 
@@ -134,8 +222,8 @@ def test_decode_is_attention_on_the_dequantized_context(
     query = cache.query(group, 1)
     keys, values = [], []
     if table:
-        pages = cache.pool[table, 1].transpose(0, 1).flatten(1, 2)
-        k, v = dequantize_pages(pages, 32)
+        pages = cache.layout.layer_pages(cache.pool[table], 1).transpose(0, 1).flatten(1, 2)
+        k, v = dequantize_pages(pages, plain(32))
         sinks = cache.sinks[0, 1].float()
         keys += [sinks[:, 0], k[:, 4:]]
         values += [sinks[:, 1], v[:, 4:]]

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from kvferry.kernels.machine_code import amd_opcodes, compile_kernels, main_loop, sass_instructions, tensor_core
+from kvferry.kernels.machine_code import (
+    Instruction,
+    amd_opcodes,
+    compile_kernels,
+    loop_passes,
+    main_loop,
+    sass_instructions,
+    tensor_core,
+)
 from kvferry.kernels.roofline import ASSUMED_BANDWIDTH_SHARE, AssumedDevice, count_units, static_bound, unit_clocks
 
 LISTING = """
@@ -30,7 +38,7 @@ DEVICE = AssumedDevice(name="round numbers", multiprocessors=100, clock_ghz=1.0,
 
 
 def loop() -> list[str]:
-    return main_loop(sass_instructions(LISTING))
+    return [instruction.opcode for instruction in main_loop(sass_instructions(LISTING))]
 
 
 def test_instructions_keep_address_opcode_and_where_a_branch_goes() -> None:
@@ -44,6 +52,18 @@ def test_the_main_loop_is_the_one_on_tensor_cores() -> None:
     assert len(loop()) == 10
     assert tensor_core(loop()) == 2
     assert main_loop(sass_instructions("/*0000*/ EXIT ;")) == []
+
+
+def test_a_part_that_a_branch_skips_counts_once_in_several_passes() -> None:
+    # The loop's third instruction goes to its sixth; its last but one leaves the loop.
+    opcodes = ["LDG", "ISETP", "BRA", "MUFU", "MUFU", "HMMA", "BRA", "BRA"]
+    targets = {2: 5, 6: 99, 7: 0}
+    skipping = [
+        Instruction(16 * i, opcode, 16 * targets[i] if i in targets else None) for i, opcode in enumerate(opcodes)
+    ]
+    common = ["LDG", "ISETP", "BRA", "HMMA", "BRA", "BRA"]
+    assert loop_passes(skipping, 1) == [*common, "MUFU", "MUFU"]
+    assert loop_passes(skipping, 4) == [*common * 4, "MUFU", "MUFU"]
 
 
 def test_instructions_are_counted_by_unit() -> None:

@@ -16,27 +16,88 @@ import pytest
 
 from kvferry.kernels.machine_code import MachineCode, compile_kernels
 
-ALL = tuple(
+PLAIN = tuple(
     f"{kernel}-d{head_dim}"
     for kernel in ("packed", "packed16", "tail", "merge", "chunk", "quantize")
     for head_dim in (64, 128)
 )
 DECODE = ("packed-d64", "packed-d128")
+KV2 = tuple(f"{kernel}-d{head_dim}-kv2" for kernel in ("packed", "chunk", "quantize") for head_dim in (64, 128))
 TARGETS = {
-    "sm_90": ALL,
-    "gfx942": (*DECODE, "chunk-d128", "quantize-d128"),
+    "sm_90": (
+        *PLAIN,
+        *KV2,
+        "list-d128-kv2",
+        "boost-d128-kv2",
+        "packed-d128-kv3",
+        "packed-d128-window",
+        "packed-d80",
+        "packed-d256",
+        "chunk-d128-window",
+        "chunk-d80",
+        "chunk-d256",
+    ),
+    "gfx942": (*DECODE, *KV2, "packed-d256", "chunk-d128", "quantize-d128"),
     "sm_80": (*DECODE, "chunk-d128", "quantize-d128"),
     "sm_100": DECODE,
     "sm_120": DECODE,
     "sm_89": DECODE,
 }
-"""Kernels compiled for a target."""
-REGISTERS = {"packed": 168, "packed16": 255, "tail": 128, "merge": 64, "chunk": 216, "quantize": 168}
-"""Most registers a thread; 168 leave room for 12 warps a multiprocessor."""
-AMD_REGISTERS = {"packed": 248, "packed16": 248, "tail": 168, "merge": 64, "chunk": 240, "quantize": 128}
-"""Most vector registers: 256 leave room for 2 waves a SIMD, 168 for 3."""
-PER_TOKEN_HEAD = {"packed-d128": 21.0, "packed-d64": 16.5}
-BOUND = {"packed-d128": 0.95, "packed-d64": 0.89}
+"""Kernels compiled for a target. kv2 and kv3 are presets."""
+REGISTERS = {
+    "packed": 168,
+    "packed-d128-kv3": 176,
+    "packed-d128-window": 192,
+    "packed-d80": 224,
+    "packed-d256": 255,
+    "packed16": 255,
+    "tail": 128,
+    "merge": 64,
+    "chunk": 216,
+    "chunk-d80": 232,
+    "quantize": 168,
+    "quantize-d64-kv2": 192,
+    "quantize-d128-kv2": 216,
+    "list": 80,
+    "boost": 80,
+}
+"""Most registers a thread, of a kernel or of a family; 168 leave room for 12 warps a multiprocessor."""
+AMD_REGISTERS = {
+    "packed": 256,
+    "packed-d128-kv2": 288,
+    "packed-d256": 512,
+    "chunk": 256,
+    "quantize": 128,
+    "quantize-d64-kv2": 144,
+    "quantize-d128-kv2": 176,
+}
+"""Most vector registers: 256 leave room for 2 waves a SIMD."""
+PRODUCTS = {
+    "packed-d64": 18,
+    "packed-d128": 34,
+    "packed-d64-kv2": 22,
+    "packed-d128-kv2": 42,
+    "packed-d128-kv3": 34,
+    "packed-d128-window": 34,
+    "packed-d80": 32,
+    "packed-d256": 66,
+}
+"""Tensor-core instructions a tile: K and V are 2 * 32 * D numbers, with 80 channels padded to 128, an instruction takes
+16 x 16; and two for the value zero points, unless values are scaled one by one. Boosted channels have 2 or 4 steps of
+two."""
+PER_TOKEN_HEAD = {
+    "packed-d64": 15.1,
+    "packed-d128": 20.0,
+    "packed-d64-kv2": 26.0,
+    "packed-d128-kv2": 35.5,
+    "packed-d128-kv3": 34.0,
+    "packed-d128-window": 24.0,
+    "packed-d80": 28.0,
+    "packed-d256": 40.0,
+}
+OTHER_TARGETS = 1.05
+"""Allowance for other targets than sm_90."""
+BOUND = {"packed-d64": 0.95, "packed-d128": 0.95, "packed-d128-kv3": 0.92, "packed-d128-window": 0.95}
 """Least static bound on sm_90."""
 
 
@@ -76,7 +137,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Built, MachineCod
 def test_nothing_is_spilled(compiled: dict[Built, MachineCode], built: Built) -> None:
     code = compiled[built]
     assert code.spills == 0
-    assert code.registers <= (REGISTERS if built.target.startswith("sm_") else AMD_REGISTERS)[built.family]
+    limits = REGISTERS if built.target.startswith("sm_") else AMD_REGISTERS
+    assert code.registers <= limits.get(built.kernel, limits[built.family])
 
 
 @pytest.mark.parametrize("built", built_of("packed", "packed16", "tail", "chunk", among=BUILT), ids="-".join)
@@ -86,14 +148,14 @@ def test_attention_runs_on_tensor_cores(compiled: dict[Built, MachineCode], buil
 
 @pytest.mark.parametrize("built", built_of("packed", among=CUDA), ids="-".join)
 def test_decode_keeps_every_product_on_tensor_cores(compiled: dict[Built, MachineCode], built: Built) -> None:
-    """K and V of a page are 2 * 32 * D numbers, an instruction takes 16 x 16; and two for the value zero points."""
-    head_dim = int(built.kernel.split("-d")[1])
-    assert compiled[built].count(r"HMMA\.16816\.F32$") == 2 * 32 * head_dim // 256 + 2
+    assert compiled[built].count(r"HMMA\.16816\.F32$") == PRODUCTS[built.kernel]
 
 
 @pytest.mark.parametrize("built", built_of("packed", "packed16", "chunk", among=CUDA), ids="-".join)
 def test_codes_are_never_converted_one_by_one(compiled: dict[Built, MachineCode], built: Built) -> None:
     code = compiled[built]
+    if built.kernel == "chunk-d80":
+        pytest.skip("its longest loop is that over the unpacked chunk")
     assert code.unpack_asm >= 16
     assert code.count("LOP3") >= 16
     assert code.count("I2F") == 0
@@ -108,7 +170,7 @@ def test_pages_are_copied_asynchronously_16_bytes_at_a_time(compiled: dict[Built
 def test_the_decode_loop_stays_short(compiled: dict[Built, MachineCode], built: Built) -> None:
     length = compiled[built].instructions_per_token_head
     assert length is not None
-    assert length <= PER_TOKEN_HEAD[built.kernel]
+    assert length <= PER_TOKEN_HEAD[built.kernel] * (1.0 if built.target == "sm_90" else OTHER_TARGETS)
 
 
 @pytest.mark.parametrize("kernel", BOUND)

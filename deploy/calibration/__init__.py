@@ -1,0 +1,1 @@
+"""Choosing bits for each layer of a model: `kvferry calibrate`."""
