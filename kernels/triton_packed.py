@@ -12,6 +12,8 @@ A dot is 16 deep, and a *step* is one dot: 16 channels. How a step's columns sta
   columns j and j + 8, once for either byte. There the select of a key scale keeps the compiler from unpacking keys in
   place: they do pass through shared memory.
 - fp16: 16 channels in their order.
+
+What boosted channels add to the scores is in `triton_boost.py`.
 """
 
 # Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
