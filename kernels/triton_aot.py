@@ -85,6 +85,7 @@ VARIANTS = {
     "d128-kv3": Variant(128, 4, PRESETS["kv3"].layer),
     "d128-kv2": Variant(128, 4, PRESETS["kv2"].layer),
     "d64-kv2": Variant(64, 3, PRESETS["kv2"].layer),
+    "d128-kv4": Variant(128, 4, PRESETS["kv4"].layer),
     "d128-window": Variant(128, 4, window=4096, softcap=50.0),
     "d80": Variant(80, 4),
     "d256": Variant(256, 4),

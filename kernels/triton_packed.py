@@ -12,6 +12,8 @@ A dot is 16 deep, and a *step* is one dot: 16 channels. How a step's columns sta
   columns j and j + 8, once for either byte. There the select of a key scale keeps the compiler from unpacking keys in
   place: they do pass through shared memory.
 - fp16: 16 channels in their order.
+
+What boosted channels add to the scores is in `triton_boost.py`.
 """
 
 # Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
@@ -274,14 +276,17 @@ def load_group_scales(bytes_ptr, halves_ptr, tile, token, VALUE: tl.constexpr, A
 
 
 @triton.jit
-def load_summed_scales(bytes_ptr, halves_ptr, tile, token, TILES: tl.constexpr, VALUE: tl.constexpr, ASM: tl.constexpr):
-    """fp16 [rows, TILE]: S of every value group, then Z of every group, then zeros."""
+def summed_scales(halves_ptr, tile, token, scales, zeros, TILES: tl.constexpr, VALUE: tl.constexpr):
+    """fp16 [rows, TILE]: S of every value group, then Z of every group, then zeros. scales and zeros: from
+    `load_group_scales`."""
     GROUPS: tl.constexpr = VALUE.groups
     row = tl.arange(0, sum_rows(GROUPS))
     if VALUE.byte_scales:
-        place = (tile * GROUPS + row % GROUPS)[:, None] * TILE + token[None, :]
-        scale, zero = load_scales(bytes_ptr, halves_ptr, place, (row < 2 * GROUPS)[:, None], VALUE, ASM)
-        return tl.where((row < GROUPS)[:, None], scale, zero)
+        found = tl.zeros([sum_rows(GROUPS), TILE], tl.float16)
+        for g in tl.static_range(GROUPS):
+            found = tl.where((row == g)[:, None], scales[g][None, :], found)
+            found = tl.where((row == GROUPS + g)[:, None], zeros[g][None, :], found)
+        return found
     else:
         # Zero points follow the scales of all tiles.
         pointers = halves_ptr + VALUE.scale // 2 + tile * (GROUPS * TILE) + row[:, None] * TILE + token[None, :]
@@ -392,7 +397,7 @@ def packed_attention_fwd_kernel(
             value_parts = load_value_words(codes, column, token, HEAD_DIM, VALUE.planes, ASM)
             scales, zeros = load_group_scales(page_bytes, page_halves, tile_of_page, token, VALUE, ASM)
             if FOLD_SCALES:
-                summed = load_summed_scales(page_bytes, page_halves, tile_of_page, token, TILES, VALUE, ASM)
+                summed = summed_scales(page_halves, tile_of_page, token, scales, zeros, TILES, VALUE)
 
         if BOOST.channels > 0:
             if (tile_of_page == 0) | (tile == first):

@@ -201,7 +201,8 @@ def quantize_fwd_kernel(
     PAGES: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """One page of one KV head: keys in programs (.., .., 0), values in programs (.., .., 1)."""
+    """One page of one KV head: keys in programs (.., .., 0), values in programs (.., .., 1). Which channels are boosted
+    must already be in the page; their highest plane is left to `boost_fwd_kernel`."""
     page = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     first = page * (SHAPE.tiles * TILE)
