@@ -28,12 +28,11 @@ from kvferry.kernels.packed import DecodeBatch, PackedKernels, PackedPrefix
 from kvferry.kernels.reference import ReferenceKernels, dequantize_pages, quantize_pages
 from kvferry.kernels.spec import KVQuantSpec
 
-SPEC = KVQuantSpec()
-BLOCK_SIZE = SPEC.block_size
-SINK_TOKENS = SPEC.sink_tokens
+PLAIN = KVQuantSpec()
+"""2 bits in groups of 32, fp16 scales: the format of the published figures."""
 CHUNK = 128
 """Tokens of the prefill chunk."""
-MEAN_TAIL = BLOCK_SIZE // 2
+MEAN_TAIL = PLAIN.block_size // 2
 """fp16 tokens behind the packed ones in a decode case: what a sequence has on average."""
 SLOW = ("reference", "enable_gqa")
 SLOW_ROUNDS = 5
@@ -152,6 +151,7 @@ def bench_kernels(
     chunk: Sequence[Shape] = CHUNK_SHAPES,
     quantize: Sequence[Shape] = QUANTIZE_SHAPES,
     copy_bytes: int = COPY_BYTES,
+    spec: KVQuantSpec = PLAIN,
     progress: Callable[[str], None] = lambda line: None,
 ) -> KernelBench:
     """Times the CPU kernels of this machine. Raises ValueError where none run: a reference is not worth timing."""
@@ -163,7 +163,7 @@ def bench_kernels(
         for make, shape in makers:
             progress(f"{make.__name__.strip('_').removesuffix('_case')} {shape}")
             kernels = select_kernels(torch.device("cpu"), head_dim=shape.D, impl="cpu").kernels
-            results += _measure(make(kernels, shape), rounds, copy)
+            results += _measure(make(kernels, shape, spec), rounds, copy)
     machine = Machine(
         cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
@@ -245,14 +245,16 @@ def plot_kernel_times(bench: KernelBench, path: Path) -> None:
         raise ValueError(f"cannot write {path}: {error}") from error
 
 
-def _decode_case(kernels: PackedKernels, shape: Shape) -> _Case:
+def _decode_case(kernels: PackedKernels, shape: Shape, spec: KVQuantSpec) -> _Case:
     """One decode step of one layer: sinks, T packed tokens, half a block of fp16 tokens. SDPA reads the same tokens."""
     batch_size, heads, group, dim, packed = shape.B, shape.Hkv, shape.G, shape.D, shape.T
     keys, values = _random_kv(batch_size, heads, packed + MEAN_TAIL, dim)
-    layout = _layout(heads, dim)
+    layout = _layout(heads, dim, spec)
     pool, blocks = _pool(kernels, layout, keys[:, :, :packed], values[:, :, :packed])
-    sinks = torch.stack([keys[:, :, :SINK_TOKENS], values[:, :, :SINK_TOKENS]], dim=2).unsqueeze(1).contiguous()
-    tails = torch.zeros(batch_size, 1, 2, heads, BLOCK_SIZE, dim, dtype=torch.float16)
+    sinks = (
+        torch.stack([keys[:, :, : spec.sink_tokens], values[:, :, : spec.sink_tokens]], dim=2).unsqueeze(1).contiguous()
+    )
+    tails = torch.zeros(batch_size, 1, 2, heads, spec.block_size, dim, dtype=torch.float16)
     tails[:, 0, 0, :, :MEAN_TAIL], tails[:, 0, 1, :, :MEAN_TAIL] = keys[:, :, packed:], values[:, :, packed:]
     batch = DecodeBatch(
         layout=layout,
@@ -277,17 +279,19 @@ def _decode_case(kernels: PackedKernels, shape: Shape) -> _Case:
         kernels={"decode_int8x2": attention(kernels), "decode_int8": attention(one_term)},
         baselines=sdpa.calls("rows", rows) | sdpa.calls("enable_gqa", query.unsqueeze(2), enable_gqa=True),
         expected=lambda: ReferenceKernels().decode_attention(query, batch, layer=0, scale=scale),
-        bytes_read=pool.nbytes + sinks.nbytes + tails.nbytes // BLOCK_SIZE * MEAN_TAIL,
+        bytes_read=pool.nbytes + sinks.nbytes + tails.nbytes // spec.block_size * MEAN_TAIL,
     )
 
 
-def _chunk_case(kernels: PackedKernels, shape: Shape) -> _Case:
+def _chunk_case(kernels: PackedKernels, shape: Shape, spec: KVQuantSpec) -> _Case:
     """A prefill chunk over T packed tokens. SDPA gets the query heads of a KV head as rows, and a mask of two parts."""
     heads, group, dim, packed = shape.Hkv, shape.G, shape.D, shape.T
     keys, values = _random_kv(1, heads, packed + CHUNK, dim)
-    layout = _layout(heads, dim)
+    layout = _layout(heads, dim, spec)
     pool, blocks = _pool(kernels, layout, keys[:, :, :packed], values[:, :, :packed])
-    sinks = torch.stack([keys[0, :, :SINK_TOKENS], values[0, :, :SINK_TOKENS]], dim=1).unsqueeze(0).contiguous()
+    sinks = (
+        torch.stack([keys[0, :, : spec.sink_tokens], values[0, :, : spec.sink_tokens]], dim=1).unsqueeze(0).contiguous()
+    )
     prefix = PackedPrefix(layout=layout, pool=pool, table=torch.arange(blocks, dtype=torch.int32), sinks=sinks)
     own_keys, own_values = keys[0, :, packed:].contiguous(), values[0, :, packed:].contiguous()
     query, scale = _random_query(heads * group, CHUNK, dim), dim**-0.5
@@ -309,18 +313,18 @@ def _chunk_case(kernels: PackedKernels, shape: Shape) -> _Case:
     )
 
 
-def _quantize_case(kernels: PackedKernels, shape: Shape) -> _Case:
+def _quantize_case(kernels: PackedKernels, shape: Shape, spec: KVQuantSpec) -> _Case:
     """K and V of T tokens of one layer, quantized with the fit and packed."""
     keys, values = (x[0] for x in _random_kv(1, shape.Hkv, shape.T, shape.D))
-    page = _layout(shape.Hkv, shape.D).layers[0].page
+    page = _layout(shape.Hkv, shape.D, spec).layers[0].page
     out = torch.empty(shape.Hkv, shape.T // page.tokens, page.num_bytes, dtype=torch.uint8)
 
     def run() -> Tensor:
-        kernels.quantize_block(keys, values, page, sink_tokens=SINK_TOKENS, out=out)
+        kernels.quantize_block(keys, values, page, sink_tokens=spec.sink_tokens, out=out)
         return out
 
     def reference() -> Tensor:
-        return quantize_pages(keys, values, page, sink_tokens=SINK_TOKENS)
+        return quantize_pages(keys, values, page, sink_tokens=spec.sink_tokens)
 
     return _Case(
         shape=shape,
@@ -362,23 +366,23 @@ def _random_query(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def _layout(heads: int, dim: int) -> BlockLayout:
-    return BlockLayout(num_layers=1, num_kv_heads=heads, head_dim=dim, spec=SPEC)
+def _layout(heads: int, dim: int, spec: KVQuantSpec) -> BlockLayout:
+    return BlockLayout(num_layers=1, num_kv_heads=heads, head_dim=dim, spec=spec)
 
 
 def _pool(kernels: PackedKernels, layout: BlockLayout, keys: Tensor, values: Tensor) -> tuple[Tensor, int]:
     """K and V [batch, heads, T, D] in a pool, sequence after sequence, and the number of blocks of each."""
     batch, _, tokens, _ = keys.shape
-    blocks = tokens // BLOCK_SIZE
+    blocks = tokens // layout.block_size
     pool = torch.empty(batch * blocks, layout.block_bytes, dtype=torch.uint8)
     for index in range(batch * blocks):
         sequence, block = divmod(index, blocks)
-        part = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
+        part = slice(block * layout.block_size, (block + 1) * layout.block_size)
         kernels.quantize_block(
             keys[sequence, :, part],
             values[sequence, :, part],
             layout.layers[0].page,
-            sink_tokens=0 if block else SINK_TOKENS,
+            sink_tokens=0 if block else layout.spec.sink_tokens,
             out=layout.layer_pages(pool[index], 0),
         )
     return pool, blocks

@@ -19,6 +19,7 @@ from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.settings import Settings
+from kvferry.deploy.spec_file import resolve_spec
 
 app = typer.Typer(
     name="kvferry",
@@ -216,6 +217,9 @@ def bench_kernels_command(
     static: Annotated[
         bool, typer.Option("--static", help="Compile the Triton kernels and read their machine code instead; no GPU.")
     ] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="Quantize as this preset does; else 2 bits in groups of 32, fp16 scales.")
+    ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="With --static: compile for this, e.g. sm_90; may be repeated.")
     ] = None,
@@ -223,7 +227,7 @@ def bench_kernels_command(
     """The CPU kernels against torch's attention on unquantized K and V, on this machine, in one run."""
     if static and plot_path is not None:
         fail("--plot draws measured times: leave --static out")
-    report = _static_kernels(target or list(STATIC_TARGETS)) if static else _measured_kernels(rounds, plot_path)
+    report = _static_kernels(target or list(STATIC_TARGETS)) if static else _measured_kernels(rounds, plot_path, preset)
     if json_path is not None:
         try:
             json_path.write_text(json.dumps(report, indent=2) + "\n")
@@ -231,13 +235,22 @@ def bench_kernels_command(
             fail(str(error))
 
 
-def _measured_kernels(rounds: int, plot_path: Path | None) -> dict[str, Any]:
-    from kvferry.deploy.bench_kernels import bench_kernels, plot_kernel_times, print_kernel_times, require_matplotlib
+def _measured_kernels(rounds: int, plot_path: Path | None, preset: str | None) -> dict[str, Any]:
+    from kvferry.deploy.bench_kernels import (
+        PLAIN,
+        bench_kernels,
+        plot_kernel_times,
+        print_kernel_times,
+        require_matplotlib,
+    )
 
     try:
         if plot_path is not None:
             require_matplotlib()  # before minutes of measuring, not after them
-        results = bench_kernels(rounds=rounds, progress=lambda line: print(line, file=sys.stderr, flush=True))
+        spec = PLAIN if preset is None else resolve_spec(preset)
+        results = bench_kernels(
+            rounds=rounds, spec=spec, progress=lambda line: print(line, file=sys.stderr, flush=True)
+        )
         print_kernel_times(results)
         if plot_path is not None:
             plot_kernel_times(results, plot_path)

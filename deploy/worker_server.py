@@ -20,6 +20,7 @@ from kvferry.deploy.numerics import numerics_class, rows_are_invariant
 from kvferry.kernels.dispatch import Selection, select_kernels
 from kvferry.kernels.forward import CausalModel, padded_rows
 from kvferry.kernels.layout import LAYOUT_VERSION, BlockLayout
+from kvferry.kernels.reference import ReferenceKernels
 from kvferry.kernels.rotation import RotatedModel
 from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore.client import StoreClient
@@ -76,7 +77,8 @@ class ModelRuntime:
         if rotated:
             self.model = RotatedModel(model, device)
         self.selection: Selection = select_kernels(device, head_dim=model.head_dim, impl=config.kernels)
-        logger.info("%s", self.selection.reason)
+        slow = self.selection.kernels.name == ReferenceKernels.name
+        logger.log(logging.WARNING if slow else logging.INFO, "%s", self.selection.reason)
         self.engine = PrefillEngine(self.model, self.selection.kernels, self.layout, device)
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
         self.rows_invariant = rows_are_invariant(model, rotated=rotated, max_rows=INVARIANT_ROWS)

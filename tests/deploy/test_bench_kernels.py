@@ -83,8 +83,8 @@ def test_sdpa_baselines_compute_the_same_attention() -> None:
     except NativeUnavailable as reason:
         pytest.skip(str(reason))
     for case in (
-        module._decode_case(kernels, Shape(2, 2, 3, 64, 256)),
-        module._chunk_case(kernels, Shape(1, 2, 3, 64, 256)),
+        module._decode_case(kernels, Shape(2, 2, 3, 64, 256), module.PLAIN),
+        module._chunk_case(kernels, Shape(1, 2, 3, 64, 256), module.PLAIN),
     ):
         rows, gqa = (case.baselines[f"SDPA fp32, {way}"]().flatten() for way in ("rows", "enable_gqa"))
         torch.testing.assert_close(rows, gqa)
