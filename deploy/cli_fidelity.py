@@ -74,22 +74,27 @@ def calibrate_command(
     text: Annotated[Path | None, typer.Option(help="A text of your own; else Python's language reference.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows, spread over the text.")] = 2,
     window_blocks: Annotated[int, typer.Option(min=2, help="Blocks of 128 tokens in a window.")] = 5,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the error by layer (.png); needs matplotlib.")] = None,
     kernels: Annotated[str | None, typer.Option(help="reference, cpu or triton; else what serve would run.")] = None,
 ) -> None:
     """Find the layers that suffer from few bits, and write a spec that spends a budget of bits on them.
 
     Deterministic. What is measured is kept beside the spec file, so that an interrupted run goes on where it stopped.
     """
+    from kvferry.deploy.bench_kernels import require_matplotlib
     from kvferry.deploy.calibration.command import CalibrationPlan, run_calibration
 
     try:
         if out.suffix != ".json":
             raise ValueError(f"--out {out}: a spec file ends in .json")
+        if plot is not None:
+            require_matplotlib()  # before minutes of measuring, not after them
         run_calibration(
             CalibrationPlan(
                 model=model, bits=bits, text=text, windows=windows, window_blocks=window_blocks, kernels=kernels
             ),
             out,
+            plot=plot,
         )
     except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))

@@ -46,8 +46,10 @@ class CalibrationPlan:
     kernels: str | None = None
 
 
-def run_calibration(plan: CalibrationPlan, out: Path) -> KVQuantSpec:
+def run_calibration(plan: CalibrationPlan, out: Path, *, plot: Path | None = None) -> KVQuantSpec:
     """Measures, chooses, writes `out` and says what it chose. Takes up what an earlier run left beside `out`.
+
+    `plot`: also draw the error by layer into this file.
 
     Raises ValueError, OSError, or what the model raised.
     """
@@ -84,6 +86,8 @@ def run_calibration(plan: CalibrationPlan, out: Path) -> KVQuantSpec:
     out.write_text(spec_to_json(spec))
     progress_file.remove()
     _print(replace(layout, spec=spec), measured)
+    if plot is not None:
+        _plot(plot, layout, measured)
     print(f"wrote {out}; serve it with: kvferry serve {plan.model} --preset {out}")
     return spec
 
@@ -111,3 +115,25 @@ def _print(layout: BlockLayout, measured: dict[tuple[Place, TensorSpec], float])
     console = Console(width=100)
     console.print(table)
     console.print(f"{layout.effective_bits(BITS_CONTEXT):.3f} effective bits at {BITS_CONTEXT} tokens")
+
+
+def _plot(path: Path, layout: BlockLayout, measured: dict[tuple[Place, TensorSpec], float]) -> None:
+    """Error by layer, for every width that was measured. Needs matplotlib. Raises OSError."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, row = pyplot.subplots(1, 2, figsize=(10, 3.5), layout="constrained", sharey=True)
+    layers = list(range(layout.num_layers))
+    for axes, (side, ladder) in zip(row, LADDERS.items(), strict=True):
+        for tensor in ladder[:-1]:
+            errors = [measured[Place(layer, side), tensor] for layer in layers]
+            axes.plot(layers, errors, marker="o", markersize=3, label=f"{tensor.bits} bits")
+        axes.set_title(f"{side}s of one layer quantized, the rest at 16 bits")
+        axes.set_xlabel("layer")
+        axes.set_yscale("log")
+        axes.legend()
+    row[0].set_ylabel("KL, nats a token")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
