@@ -69,11 +69,37 @@ INLINE void prefetch(const uint8_t *page, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)page + i, _MM_HINT_T0);
 }
 
+/* Formats with code of their own: 2 bits in groups of 32 with fp16 scales, the preset kv2, and any other. */
+enum kind { ANY, PLAIN, KV2 };
+#define NUM_KINDS 3
+
+/* A format with what its kind decides as constants. */
+INLINE struct page_format with_constants(const int KIND, const struct page_format *f) {
+    struct page_format c = *f;
+    if (KIND == ANY) return c;
+    c.key.bits = c.value.bits = 2;
+    c.tokens = KIND == PLAIN ? PAGE : 128;
+    c.key.group = KIND == PLAIN ? 32 : 128;
+    c.value.group = KIND == PLAIN ? 32 : 64;
+    c.key.byte_scales = c.value.byte_scales = KIND != PLAIN;
+    c.key.unit_offset = c.value.unit_offset = 1.0f;
+    c.key.zero_step = c.value.zero_step = 1.0f / 32.0f;
+    if (KIND == PLAIN) c.key.boosted = 0;
+    return c;
+}
+
+static enum kind kind_of(const struct page_format *f) {
+    const struct tensor_format *k = &f->key, *v = &f->value;
+    if (k->bits != 2 || v->bits != 2 || k->byte_scales != v->byte_scales) return ANY;
+    if (!k->byte_scales) return k->group == 32 && v->group == 32 && !k->boosted ? PLAIN : ANY;
+    return k->group == 128 && v->group == 64 ? KV2 : ANY;
+}
+
 /* A piece for GB heads. `query` is [GB, D], times scale * log2(e). */
-INLINE void attend_pages(const int D, const int GB, const int TERMS, const struct pages *pages, const float *query,
-                         float *partials) {
+INLINE void attend_pages(const int KIND, const int D, const int GB, const int TERMS, const struct pages *pages,
+                         const float *query, float *partials) {
     ALIGNED float scores[HEADS][PAGE];
-    const struct page_format *f = pages->format;
+    const struct page_format constants = with_constants(KIND, pages->format), *f = &constants;
     const int tiles = (int)f->tokens / PAGE, shift = __builtin_ctz((unsigned)f->value.group / 16);
     struct folded_queries folded;
     struct weights weights;
@@ -105,30 +131,41 @@ INLINE void attend_pages(const int D, const int GB, const int TERMS, const struc
 typedef void (*pages_fn)(const struct pages *, const float *, float *);
 typedef void (*half_fn)(const struct half_run[2], float, const float *, float *);
 
-#define SPECIALISE(D, GB)                                                                              \
-    static void one_term_##D##_##GB(const struct pages *pages, const float *query, float *partials) {  \
-        attend_pages(D, GB, 1, pages, query, partials);                                                \
-    }                                                                                                  \
-    static void two_terms_##D##_##GB(const struct pages *pages, const float *query, float *partials) { \
-        attend_pages(D, GB, 2, pages, query, partials);                                                \
-    }                                                                                                  \
-    static void half_##D##_##GB(const struct half_run runs[2], float softcap, const float *query,      \
-                                float *partials) {                                                     \
-        attend_half(D, GB, runs, softcap, query, partials);                                            \
+#define SPECIALISE_KIND(KIND, D, GB)                                                                          \
+    static void KIND##_one_term_##D##_##GB(const struct pages *pages, const float *query, float *partials) {  \
+        attend_pages(KIND, D, GB, 1, pages, query, partials);                                                 \
+    }                                                                                                         \
+    static void KIND##_two_terms_##D##_##GB(const struct pages *pages, const float *query, float *partials) { \
+        attend_pages(KIND, D, GB, 2, pages, query, partials);                                                 \
     }
-#define SPECIALISE_HEADS(D) SPECIALISE(D, 1) SPECIALISE(D, 2) SPECIALISE(D, 3) SPECIALISE(D, 4)
-SPECIALISE_HEADS(32)
-SPECIALISE_HEADS(64)
-SPECIALISE_HEADS(80)
-SPECIALISE_HEADS(96)
-SPECIALISE_HEADS(128)
-SPECIALISE_HEADS(256)
+#define SPECIALISE_HALF(D, GB)                                                                    \
+    static void half_##D##_##GB(const struct half_run runs[2], float softcap, const float *query, \
+                                float *partials) {                                                \
+        attend_half(D, GB, runs, softcap, query, partials);                                       \
+    }
+#define FOR_HEADS(MACRO, ...) MACRO(__VA_ARGS__, 1) MACRO(__VA_ARGS__, 2) MACRO(__VA_ARGS__, 3) MACRO(__VA_ARGS__, 4)
+#define SPECIALISE(D) FOR_HEADS(SPECIALISE_KIND, ANY, D) FOR_HEADS(SPECIALISE_HALF, D)
+#define SPECIALISE_COMMON(D) \
+    SPECIALISE(D) FOR_HEADS(SPECIALISE_KIND, PLAIN, D) FOR_HEADS(SPECIALISE_KIND, KV2, D)
+SPECIALISE(32)
+SPECIALISE_COMMON(64)
+SPECIALISE(80)
+SPECIALISE(96)
+SPECIALISE_COMMON(128)
+SPECIALISE(256)
 
 #define NUM_HEAD_DIMS 6
-#define ROW(kind, D) {kind##_##D##_1, kind##_##D##_2, kind##_##D##_3, kind##_##D##_4}
-#define TABLE(kind) \
-    {ROW(kind, 32), ROW(kind, 64), ROW(kind, 80), ROW(kind, 96), ROW(kind, 128), ROW(kind, 256)}
-static const pages_fn attend_pages_of[2][NUM_HEAD_DIMS][HEADS] = {TABLE(one_term), TABLE(two_terms)};
+#define ROW(name, D) {name##_##D##_1, name##_##D##_2, name##_##D##_3, name##_##D##_4}
+#define TABLE(name) \
+    {ROW(name, 32), ROW(name, 64), ROW(name, 80), ROW(name, 96), ROW(name, 128), ROW(name, 256)}
+#define COMMON_TABLE(kind, name)                                                                       \
+    {ROW(ANY_##name, 32), ROW(kind##_##name, 64), ROW(ANY_##name, 80), ROW(ANY_##name, 96),            \
+     ROW(kind##_##name, 128), ROW(ANY_##name, 256)}
+static const pages_fn attend_pages_of[NUM_KINDS][2][NUM_HEAD_DIMS][HEADS] = {
+    {TABLE(ANY_one_term), TABLE(ANY_two_terms)},
+    {COMMON_TABLE(PLAIN, one_term), COMMON_TABLE(PLAIN, two_terms)},
+    {COMMON_TABLE(KV2, one_term), COMMON_TABLE(KV2, two_terms)},
+};
 static const half_fn attend_half_of[NUM_HEAD_DIMS][HEADS] = TABLE(half);
 
 /* Row of a head dimension in the tables. */
@@ -225,7 +262,7 @@ static void decode_item(void *context, int64_t item) {
         if (index == 0)
             attend_half_of[row][heads - 1](runs, a->rule.softcap, scaled, partials + g * (D + 2));
         else
-            attend_pages_of[a->terms - 1][row][heads - 1](&pages, scaled, partials + g * (D + 2));
+            attend_pages_of[kind_of(&a->page)][a->terms - 1][row][heads - 1](&pages, scaled, partials + g * (D + 2));
     }
     if (atomic_fetch_sub_explicit(&call->unfinished[b * a->kv_heads + head], 1, memory_order_acq_rel) == 1)
         merge_pieces(call, b, head);

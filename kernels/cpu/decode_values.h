@@ -60,9 +60,9 @@ struct weights {
 };
 
 /* Folds the V scale into probabilities; zero points join zero_sum. */
-INLINE void fold_probabilities(const int GB, const int TERMS, const struct tensor_format *f, const uint8_t *page,
-                               int tile, float probabilities[HEADS][PAGE], struct state *s, struct weights *weights) {
-    const int groups = s->groups;
+INLINE void fold_probabilities(const int GB, const int TERMS, const struct tensor_format *f, int groups,
+                               const uint8_t *page, int tile, float probabilities[HEADS][PAGE], struct state *s,
+                               struct weights *weights) {
     ALIGNED float inverse[4];
     ALIGNED __m256 folded[MAX_VALUE_GROUPS][HEADS][4];
     __m256 most[HEADS];
@@ -70,8 +70,9 @@ INLINE void fold_probabilities(const int GB, const int TERMS, const struct tenso
     for (int n = 0; n < groups; n++) {
         __m256 scales[4], zeros[4];
         UNROLL for (int k = 0; k < 4; k++) {
-            scales[k] = load_scales(f, page, (tile * groups + n) * PAGE + 8 * k);
-            zeros[k] = load_zeros(f, page, (tile * groups + n) * PAGE + 8 * k, scales[k], _mm256_set1_ps(zero_factor(f)));
+            const int first = (tile * groups + n) * PAGE + 8 * k;
+            scales[k] = load_scales(f, page, first);
+            zeros[k] = load_zeros(f, page, first, scales[k], _mm256_set1_ps(zero_factor(f)));
         }
         UNROLL for (int g = 0; g < GB; g++) {
             __m256 sum = s->zero_sum[g][n];
@@ -177,7 +178,7 @@ INLINE void add_tile(const int D, const int GB, const int TERMS, const struct pa
         return;
     }
     const int planes = planes_of(&f->value);
-    fold_probabilities(GB, TERMS, &f->value, page, tile, scores, s, weights);
+    fold_probabilities(GB, TERMS, &f->value, value_groups(f, D), page, tile, scores, s, weights);
     const uint8_t *codes = page + f->value.codes + tile * planes * PLANE_BYTES(D);
     int plane = 0;
     for (; plane + 2 <= planes; plane += 2)

@@ -129,7 +129,8 @@ static struct fit fit_groups(int byte_scales, const struct widths *w, float (*x)
     }
     const __m256 folded = round_scale(byte_scales, w, scale, zero, &fit.stored_scale);
     scale = _mm256_mul_ps(folded, _mm256_set1_ps(1.0f / FOLD));
-    fit.zero = round_zero(byte_scales, w, _mm256_sub_ps(mean_x, _mm256_mul_ps(scale, mean_c)), folded, &fit.stored_zero);
+    const __m256 fitted_zero = _mm256_sub_ps(mean_x, _mm256_mul_ps(scale, mean_c));
+    fit.zero = round_zero(byte_scales, w, fitted_zero, folded, &fit.stored_zero);
     fit.inverse = inverse_of(scale);
     return fit;
 }
