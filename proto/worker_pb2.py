@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvferry/proto/worker.proto\x12\x11kvferry.worker.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x86\x01\n\rModelIdentity\x12\x16\n\x0eweights_digest\x18\x01 \x01(\x0c\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\x0c\x12\x13\n\x0bspec_digest\x18\x03 \x01(\x0c\x12\x16\n\x0elayout_version\x18\x04 \x01(\r\x12\x16\n\x0enumerics_class\x18\x05 \x01(\x0c\"\xa6\x02\n\nWorkerInfo\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\r\n\x05roles\x18\x03 \x03(\t\x12\x32\n\x08identity\x18\x04 \x01(\x0b\x32 .kvferry.worker.v1.ModelIdentity\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x1f\n\x17kv_bytes_per_token_bf16\x18\x08 \x01(\x04\x12\x13\n\x0bpool_blocks\x18\t \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x0f\n\x07kernels\x18\x0b \x01(\t\x12\x16\n\x0e\x65\x66\x66\x65\x63tive_bits\x18\x0c \x01(\x01\"\x99\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x12\n\nmax_tokens\x18\t \x01(\r\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x10\n\x08logprobs\x18\x0b \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x0c \x01(\r\x12\x12\n\nmin_tokens\x18\r \x01(\r\"\x83\x01\n\x0ePrefillCommand\x12\x30\n\x05start\x18\x01 \x01(\x0b\x32\x1f.kvferry.worker.v1.PrefillStartH\x00\x12\x34\n\x0bsend_blocks\x18\x02 \x01(\x0b\x32\x1d.kvferry.worker.v1.SendBlocksH\x00\x42\t\n\x07\x63ommand\"\xae\x01\n\x0cPrefillStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.kvferry.worker.v1.SamplingParams\x12\x32\n\x08identity\x18\x05 \x01(\x0b\x32 .kvferry.worker.v1.ModelIdentity\"\x1d\n\nSendBlocks\x12\x0f\n\x07indices\x18\x01 \x03(\r\"\xf7\x01\n\x0cPrefillEvent\x12\x34\n\x0b\x62lock_ready\x18\x01 \x01(\x0b\x32\x1d.kvferry.worker.v1.BlockReadyH\x00\x12.\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x1d.kvferry.worker.v1.BlockFrameH\x00\x12-\n\x07handoff\x18\x03 \x01(\x0b\x32\x1a.kvferry.worker.v1.HandoffH\x00\x12\x14\n\ntail_chunk\x18\x04 \x01(\x0cH\x00\x12\x33\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1f.kvferry.worker.v1.PrefillUsageH\x00\x42\x07\n\x05\x65vent\"-\n\nBlockReady\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08in_store\x18\x02 \x01(\x08\"@\n\nBlockFrame\x12\r\n\x05index\x18\x01 \x01(\r\x12\x14\n\x0crecord_bytes\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\"\x81\x01\n\x07Handoff\x12\x32\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x1d.kvferry.worker.v1.TokenChunk\x12\x12\n\ntail_bytes\x18\x02 \x01(\x04\x12.\n\x05usage\x18\x03 \x01(\x0b\x32\x1f.kvferry.worker.v1.PrefillUsage\"\xe0\x01\n\x0cPrefillUsage\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x18\n\x10store_bytes_read\x18\x02 \x01(\x04\x12\x1b\n\x13store_bytes_written\x18\x03 \x01(\x04\x12\x19\n\x11store_tokens_read\x18\x04 \x01(\r\x12\x1c\n\x14store_tokens_written\x18\x05 \x01(\r\x12\x15\n\rqueue_seconds\x18\x06 \x01(\x01\x12\x15\n\rfetch_seconds\x18\x07 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x08 \x01(\x01\"\x94\x01\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.kvferry.worker.v1.SamplingParams\x12\x17\n\x0fprefill_address\x18\x05 \x01(\t\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xbb\x01\n\nTokenChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x35\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x1f.kvferry.worker.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12-\n\x05usage\x18\x06 \x01(\x0b\x32\x1e.kvferry.worker.v1.DecodeUsage\"\xef\x01\n\x0b\x44\x65\x63odeUsage\x12\x30\n\x07prefill\x18\x01 \x01(\x0b\x32\x1f.kvferry.worker.v1.PrefillUsage\x12\x18\n\x10store_bytes_read\x18\x02 \x01(\x04\x12\x19\n\x11store_tokens_read\x18\x03 \x01(\r\x12\x15\n\rhandoff_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ehandoff_tokens\x18\x05 \x01(\r\x12\x18\n\x10num_local_tokens\x18\x06 \x01(\r\x12\x18\n\x10transfer_seconds\x18\x07 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x08 \x01(\x01\x32W\n\x06Worker\x12M\n\x08\x44\x65scribe\x12\".kvferry.worker.v1.DescribeRequest\x1a\x1d.kvferry.worker.v1.WorkerInfo2\\\n\x07Prefill\x12Q\n\x07Prefill\x12!.kvferry.worker.v1.PrefillCommand\x1a\x1f.kvferry.worker.v1.PrefillEvent(\x01\x30\x01\x32W\n\x06\x44\x65\x63ode\x12M\n\x08Generate\x12 .kvferry.worker.v1.DecodeRequest\x1a\x1d.kvferry.worker.v1.TokenChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvferry/proto/worker.proto\x12\x11kvferry.worker.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x86\x01\n\rModelIdentity\x12\x16\n\x0eweights_digest\x18\x01 \x01(\x0c\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\x0c\x12\x13\n\x0bspec_digest\x18\x03 \x01(\x0c\x12\x16\n\x0elayout_version\x18\x04 \x01(\r\x12\x16\n\x0enumerics_class\x18\x05 \x01(\x0c\"\xa6\x02\n\nWorkerInfo\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\r\n\x05roles\x18\x03 \x03(\t\x12\x32\n\x08identity\x18\x04 \x01(\x0b\x32 .kvferry.worker.v1.ModelIdentity\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x1f\n\x17kv_bytes_per_token_bf16\x18\x08 \x01(\x04\x12\x13\n\x0bpool_blocks\x18\t \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x0f\n\x07kernels\x18\x0b \x01(\t\x12\x16\n\x0e\x65\x66\x66\x65\x63tive_bits\x18\x0c \x01(\x01\"\xa4\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x12\n\nmax_tokens\x18\t \x01(\r\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x10\n\x08logprobs\x18\x0b \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x0c \x01(\r\x12\x12\n\nmin_tokens\x18\r \x01(\r\x12\t\n\x01n\x18\x0e \x01(\r\"\x83\x01\n\x0ePrefillCommand\x12\x30\n\x05start\x18\x01 \x01(\x0b\x32\x1f.kvferry.worker.v1.PrefillStartH\x00\x12\x34\n\x0bsend_blocks\x18\x02 \x01(\x0b\x32\x1d.kvferry.worker.v1.SendBlocksH\x00\x42\t\n\x07\x63ommand\"\xce\x01\n\x0cPrefillStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.kvferry.worker.v1.SamplingParams\x12\x32\n\x08identity\x18\x05 \x01(\x0b\x32 .kvferry.worker.v1.ModelIdentity\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x0c\n\x04warm\x18\x07 \x01(\x08\"\x1d\n\nSendBlocks\x12\x0f\n\x07indices\x18\x01 \x03(\r\"\xf7\x01\n\x0cPrefillEvent\x12\x34\n\x0b\x62lock_ready\x18\x01 \x01(\x0b\x32\x1d.kvferry.worker.v1.BlockReadyH\x00\x12.\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x1d.kvferry.worker.v1.BlockFrameH\x00\x12-\n\x07handoff\x18\x03 \x01(\x0b\x32\x1a.kvferry.worker.v1.HandoffH\x00\x12\x14\n\ntail_chunk\x18\x04 \x01(\x0cH\x00\x12\x33\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1f.kvferry.worker.v1.PrefillUsageH\x00\x42\x07\n\x05\x65vent\"-\n\nBlockReady\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08in_store\x18\x02 \x01(\x08\"@\n\nBlockFrame\x12\r\n\x05index\x18\x01 \x01(\r\x12\x14\n\x0crecord_bytes\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\"\xbc\x01\n\x07Handoff\x12\x32\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x1d.kvferry.worker.v1.TokenChunk\x12\x12\n\ntail_bytes\x18\x02 \x01(\x04\x12.\n\x05usage\x18\x03 \x01(\x0b\x32\x1f.kvferry.worker.v1.PrefillUsage\x12\x39\n\x12other_first_tokens\x18\x04 \x03(\x0b\x32\x1d.kvferry.worker.v1.TokenChunk\"\xe0\x01\n\x0cPrefillUsage\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x18\n\x10store_bytes_read\x18\x02 \x01(\x04\x12\x1b\n\x13store_bytes_written\x18\x03 \x01(\x04\x12\x19\n\x11store_tokens_read\x18\x04 \x01(\r\x12\x1c\n\x14store_tokens_written\x18\x05 \x01(\r\x12\x15\n\rqueue_seconds\x18\x06 \x01(\x01\x12\x15\n\rfetch_seconds\x18\x07 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x08 \x01(\x01\"\xa6\x01\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.kvferry.worker.v1.SamplingParams\x12\x17\n\x0fprefill_address\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xcb\x01\n\nTokenChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x35\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x1f.kvferry.worker.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12-\n\x05usage\x18\x06 \x01(\x0b\x32\x1e.kvferry.worker.v1.DecodeUsage\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\r\"\xef\x01\n\x0b\x44\x65\x63odeUsage\x12\x30\n\x07prefill\x18\x01 \x01(\x0b\x32\x1f.kvferry.worker.v1.PrefillUsage\x12\x18\n\x10store_bytes_read\x18\x02 \x01(\x04\x12\x19\n\x11store_tokens_read\x18\x03 \x01(\r\x12\x15\n\rhandoff_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ehandoff_tokens\x18\x05 \x01(\r\x12\x18\n\x10num_local_tokens\x18\x06 \x01(\r\x12\x18\n\x10transfer_seconds\x18\x07 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x08 \x01(\x01\x32W\n\x06Worker\x12M\n\x08\x44\x65scribe\x12\".kvferry.worker.v1.DescribeRequest\x1a\x1d.kvferry.worker.v1.WorkerInfo2\\\n\x07Prefill\x12Q\n\x07Prefill\x12!.kvferry.worker.v1.PrefillCommand\x1a\x1f.kvferry.worker.v1.PrefillEvent(\x01\x30\x01\x32W\n\x06\x44\x65\x63ode\x12M\n\x08Generate\x12 .kvferry.worker.v1.DecodeRequest\x1a\x1d.kvferry.worker.v1.TokenChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,35 +38,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERINFO']._serialized_start=206
   _globals['_WORKERINFO']._serialized_end=500
   _globals['_SAMPLINGPARAMS']._serialized_start=503
-  _globals['_SAMPLINGPARAMS']._serialized_end=784
-  _globals['_PREFILLCOMMAND']._serialized_start=787
-  _globals['_PREFILLCOMMAND']._serialized_end=918
-  _globals['_PREFILLSTART']._serialized_start=921
-  _globals['_PREFILLSTART']._serialized_end=1095
-  _globals['_SENDBLOCKS']._serialized_start=1097
-  _globals['_SENDBLOCKS']._serialized_end=1126
-  _globals['_PREFILLEVENT']._serialized_start=1129
-  _globals['_PREFILLEVENT']._serialized_end=1376
-  _globals['_BLOCKREADY']._serialized_start=1378
-  _globals['_BLOCKREADY']._serialized_end=1423
-  _globals['_BLOCKFRAME']._serialized_start=1425
-  _globals['_BLOCKFRAME']._serialized_end=1489
-  _globals['_HANDOFF']._serialized_start=1492
-  _globals['_HANDOFF']._serialized_end=1621
-  _globals['_PREFILLUSAGE']._serialized_start=1624
-  _globals['_PREFILLUSAGE']._serialized_end=1848
-  _globals['_DECODEREQUEST']._serialized_start=1851
-  _globals['_DECODEREQUEST']._serialized_end=1999
-  _globals['_TOKENLOGPROB']._serialized_start=2001
-  _globals['_TOKENLOGPROB']._serialized_end=2050
-  _globals['_TOKENCHUNK']._serialized_start=2053
-  _globals['_TOKENCHUNK']._serialized_end=2240
-  _globals['_DECODEUSAGE']._serialized_start=2243
-  _globals['_DECODEUSAGE']._serialized_end=2482
-  _globals['_WORKER']._serialized_start=2484
-  _globals['_WORKER']._serialized_end=2571
-  _globals['_PREFILL']._serialized_start=2573
-  _globals['_PREFILL']._serialized_end=2665
-  _globals['_DECODE']._serialized_start=2667
-  _globals['_DECODE']._serialized_end=2754
+  _globals['_SAMPLINGPARAMS']._serialized_end=795
+  _globals['_PREFILLCOMMAND']._serialized_start=798
+  _globals['_PREFILLCOMMAND']._serialized_end=929
+  _globals['_PREFILLSTART']._serialized_start=932
+  _globals['_PREFILLSTART']._serialized_end=1138
+  _globals['_SENDBLOCKS']._serialized_start=1140
+  _globals['_SENDBLOCKS']._serialized_end=1169
+  _globals['_PREFILLEVENT']._serialized_start=1172
+  _globals['_PREFILLEVENT']._serialized_end=1419
+  _globals['_BLOCKREADY']._serialized_start=1421
+  _globals['_BLOCKREADY']._serialized_end=1466
+  _globals['_BLOCKFRAME']._serialized_start=1468
+  _globals['_BLOCKFRAME']._serialized_end=1532
+  _globals['_HANDOFF']._serialized_start=1535
+  _globals['_HANDOFF']._serialized_end=1723
+  _globals['_PREFILLUSAGE']._serialized_start=1726
+  _globals['_PREFILLUSAGE']._serialized_end=1950
+  _globals['_DECODEREQUEST']._serialized_start=1953
+  _globals['_DECODEREQUEST']._serialized_end=2119
+  _globals['_TOKENLOGPROB']._serialized_start=2121
+  _globals['_TOKENLOGPROB']._serialized_end=2170
+  _globals['_TOKENCHUNK']._serialized_start=2173
+  _globals['_TOKENCHUNK']._serialized_end=2376
+  _globals['_DECODEUSAGE']._serialized_start=2379
+  _globals['_DECODEUSAGE']._serialized_end=2618
+  _globals['_WORKER']._serialized_start=2620
+  _globals['_WORKER']._serialized_end=2707
+  _globals['_PREFILL']._serialized_start=2709
+  _globals['_PREFILL']._serialized_end=2801
+  _globals['_DECODE']._serialized_start=2803
+  _globals['_DECODE']._serialized_end=2890
 # @@protoc_insertion_point(module_scope)
