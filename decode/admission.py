@@ -1,11 +1,13 @@
-"""Who may decode now: slots and blocks are reserved for a whole request before any of it is computed."""
+"""Who may decode now, and who must step back: slots and blocks are given out here, in order of rank."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import bisect
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvferry.decode.block_pool import BlockPool, OutOfBlocks
 
@@ -18,76 +20,206 @@ class RequestTooLarge(ValueError):
     """The request would not fit even in an empty pool."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, kw_only=True)
 class Reservation:
-    """A slot, and blocks for prompt and answer; the prompt's complete blocks come first."""
+    """What one request holds. It changes when the request grows, or is swapped out and comes back."""
 
-    slot: int
-    block_ids: list[int]
-    shared: frozenset[int]
+    rank: tuple[int, int]
+    """Priority (lower goes first), then arrival."""
+    keys: Sequence[bytes] = ()
+    """Of the prompt's complete blocks."""
+    slots: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    """First one block for each key, then those that decode fills."""
+    shared: frozenset[int] = frozenset()
     """Indices of blocks that were in the pool already, under their key."""
 
 
+@dataclass(eq=False)
+class _Waiter:
+    holder: Reservation
+    num_blocks: int
+    num_slots: int
+    keys: Sequence[bytes]
+    granted: asyncio.Future[int | None]
+    """The block, for one that grows."""
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        return self.holder.rank
+
+
 class Admission:
-    """First come, first served. Runs on the event loop only."""
+    """Runs on the event loop only.
+
+    A request is admitted with room for its prompt and one block more for each of its sequences, and grows block by
+    block. When the pool is used up, the request of the lowest rank is asked to give all it holds back and to wait.
+    Growing goes before entering, so the request of the highest rank always comes to its end: a request that could
+    not grow in an empty pool is refused at once. A request of a more urgent priority displaces others when it enters.
+    """
 
     def __init__(self, pool: BlockPool, *, num_slots: int, max_waiting: int) -> None:
         self.pool = pool
+        self.num_swaps = 0
+        """How often a request was swapped out."""
         self._num_slots = num_slots
         self._slots = list(range(num_slots))
         self._max_waiting = max_waiting
-        self._turn = asyncio.Lock()  # fair: waiters get it in the order in which they came
-        self._freed = asyncio.Event()
-        self.num_waiting = 0
+        self._arrivals = itertools.count()
+        self._num_holders = 0
+        self._growing: list[_Waiter] = []
+        self._waiting: list[_Waiter] = []
+        self._swappable: dict[Reservation, Callable[[], None]] = {}
+        self._leaving: set[Reservation] = set()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold nothing: new ones, and those that were swapped out."""
+        return len(self._waiting)
 
     @property
     def num_requests(self) -> int:
         """Requests that hold room or wait for it."""
-        return self.num_waiting + self._num_slots - len(self._slots)
+        return self._num_holders
 
     @asynccontextmanager
-    async def reserve(self, num_blocks: int, keys: list[bytes]) -> AsyncIterator[Reservation]:
-        """Waits for room; the room is freed when the context ends.
+    async def reserve(
+        self, num_blocks: int, keys: Sequence[bytes], *, num_slots: int = 1, max_blocks: int = 0, priority: int = 0
+    ) -> AsyncIterator[Reservation]:
+        """Waits for room; all that the request holds by then is freed when the context ends.
 
-        `keys` are those of the prompt's complete blocks. Raises WorkerFull or RequestTooLarge at once.
+        `num_blocks` to begin with, those of `keys` included; `max_blocks`: the most that it can grow to.
+        Raises WorkerFull or RequestTooLarge at once.
         """
-        if num_blocks > self.pool.num_blocks:
+        largest = max(num_blocks, max_blocks)
+        if largest > self.pool.num_blocks:
             raise RequestTooLarge(
-                f"the request needs {num_blocks} blocks and this worker's pool has "
+                f"the request needs {largest} blocks and this worker's pool has "
                 f"{self.pool.num_blocks}: shorten it, or start the worker with more --kv-memory"
             )
-        reservation = self._try(num_blocks, keys) if self.num_waiting == 0 else None
-        if reservation is None:
-            reservation = await self._wait(num_blocks, keys)
+        if num_slots > self._num_slots:
+            raise RequestTooLarge(
+                f"the request asks for {num_slots} answers and this worker decodes {self._num_slots} sequences at "
+                "once: ask for fewer, or start the worker with a larger decode.max_num_seqs"
+            )
+        mine = Reservation(rank=(priority, next(self._arrivals)), keys=keys)
+        waiter = self._enqueue(self._waiting, mine, num_blocks, num_slots, keys)
+        if not waiter.granted.done() and len(self._waiting) > self._max_waiting:
+            self._waiting.remove(waiter)
+            raise WorkerFull(f"{self._max_waiting} requests wait for room already; try again later")
+        self._num_holders += 1
         try:
-            yield reservation
+            await waiter.granted
+            yield mine
         finally:
-            self._slots.append(reservation.slot)
-            self.pool.release(reservation.block_ids)
-            self._freed.set()
+            self._num_holders -= 1
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            self.release(mine)
 
-    async def _wait(self, num_blocks: int, keys: list[bytes]) -> Reservation:
-        if self.num_waiting >= self._max_waiting:
-            raise WorkerFull(f"{self.num_waiting} requests wait for room already; try again later")
-        self.num_waiting += 1
+    def release(self, mine: Reservation) -> None:
+        """Gives back all that the request holds; safe to call again."""
+        self._swappable.pop(mine, None)
+        self._leaving.discard(mine)
+        self._slots += mine.slots
+        self.pool.release(mine.block_ids)
+        mine.slots, mine.block_ids, mine.shared = [], [], frozenset()
+        self._serve()
+
+    def allow_swap(self, mine: Reservation, preempt: Callable[[], None]) -> None:
+        """From now on the request may be asked, once, by a call of `preempt`, to give its room back: it answers with
+        `swap_out` or `release`."""
+        self._swappable[mine] = preempt
+        self._serve()
+
+    async def grow(self, mine: Reservation) -> int:
+        """Waits for one block more; it is added to what the request holds. Cancel it when the request is preempted."""
+        waiter = self._enqueue(self._growing, mine, 1, 0, ())
         try:
-            async with self._turn:
-                while (reservation := self._try(num_blocks, keys)) is None:
-                    self._freed.clear()
-                    await self._freed.wait()
-                return reservation
+            block_id = await waiter.granted
         finally:
-            self.num_waiting -= 1
+            if waiter in self._growing:
+                self._growing.remove(waiter)
+                self._serve()
+        assert block_id is not None
+        return block_id
 
-    def _try(self, num_blocks: int, keys: list[bytes]) -> Reservation | None:
-        if not self._slots:
-            return None
-        shared = {i: block_id for i, key in enumerate(keys) if (block_id := self.pool.share(key)) is not None}
+    async def swap_out(self, mine: Reservation, *, num_blocks: int, num_slots: int) -> None:
+        """Gives everything back and waits, at the request's old rank, for room for `num_blocks` and `num_slots`.
+
+        Afterwards `mine` names the new slots and blocks, of which the `shared` ones have their content.
+        """
+        self.num_swaps += 1
+        self._swappable.pop(mine, None)
+        waiter = self._enqueue(self._waiting, mine, num_blocks, num_slots, mine.keys, serve=False)
+        self.release(mine)  # the request itself is in the queue by now: nobody of a lower rank goes before it
         try:
-            fresh = self.pool.allocate(num_blocks - len(shared))
+            await waiter.granted
+        finally:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+                self._serve()
+
+    def _enqueue(
+        self,
+        queue: list[_Waiter],
+        holder: Reservation,
+        num_blocks: int,
+        num_slots: int,
+        keys: Sequence[bytes],
+        *,
+        serve: bool = True,
+    ) -> _Waiter:
+        future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(holder, num_blocks, num_slots, keys, future)
+        bisect.insort(queue, waiter, key=lambda w: w.rank)
+        if serve:
+            self._serve()
+        return waiter
+
+    def _serve(self) -> None:
+        """Gives room to whoever is first, as long as there is any; else asks the last in rank to make some."""
+        for queue in (self._growing, self._waiting):
+            while queue and self._grant(queue[0]):
+                del queue[0]
+            if queue:
+                self._make_room(queue[0], growing=queue is self._growing)
+                return
+
+    def _grant(self, waiter: _Waiter) -> bool:
+        if waiter.granted.done():  # cancelled; whoever waited takes nothing
+            return True
+        if len(self._slots) < waiter.num_slots:
+            return False
+        shared = {i: block_id for i, key in enumerate(waiter.keys) if (block_id := self.pool.share(key)) is not None}
+        try:
+            fresh = self.pool.allocate(waiter.num_blocks - len(shared))
         except OutOfBlocks:
             self.pool.release(list(shared.values()))
-            return None
-        rest = iter(fresh)
-        block_ids = [shared[i] if i in shared else next(rest) for i in range(num_blocks)]
-        return Reservation(self._slots.pop(), block_ids, frozenset(shared))
+            return False
+        holder = waiter.holder
+        if waiter.num_slots:
+            rest = iter(fresh)
+            holder.block_ids = [shared[i] if i in shared else next(rest) for i in range(waiter.num_blocks)]
+            holder.shared = frozenset(shared)
+            holder.slots = [self._slots.pop() for _ in range(waiter.num_slots)]
+            waiter.granted.set_result(None)
+        else:
+            holder.block_ids += fresh
+            waiter.granted.set_result(fresh[0])
+        return True
+
+    def _make_room(self, waiter: _Waiter, *, growing: bool) -> None:
+        if self._leaving:
+            return  # room is on its way
+        victims = list(self._swappable)
+        if not growing:
+            victims = [victim for victim in victims if victim.rank[0] > waiter.rank[0]]
+            num_blocks = sum(len(victim.block_ids) for victim in victims) + self.pool.num_available
+            num_slots = sum(len(victim.slots) for victim in victims) + len(self._slots)
+            if num_blocks < waiter.num_blocks or num_slots < waiter.num_slots:
+                return  # displacing them all would not be enough
+        if victims:
+            victim = max(victims, key=lambda v: v.rank)
+            self._leaving.add(victim)
+            self._swappable.pop(victim)()

@@ -39,7 +39,15 @@ class PackedCache:
         block, sinks = self.layout.split_payload(payload, block_index)
         self.pool[block_id].copy_(block)
         if sinks is not None:
-            self._sinks_of_block[block_id] = sinks.to(self.device)
+            self.keep_sinks(block_id, sinks)
+
+    def sinks_of(self, block_id: int) -> Tensor:
+        """The sinks that came with a first block."""
+        return self._sinks_of_block[block_id]
+
+    def keep_sinks(self, block_id: int, sinks: Tensor) -> None:
+        """The sinks of a first block that was written into the pool."""
+        self._sinks_of_block[block_id] = sinks.to(self.device)
 
     def forget(self, block_id: int) -> None:
         """The block's content is given up."""
@@ -48,6 +56,11 @@ class PackedCache:
     def use_sinks(self, slot: int, block_id: int) -> None:
         """Gives a sequence the sinks that came with its first block."""
         self.sinks[slot].copy_(self._sinks_of_block[block_id])
+
+    def copy_slot(self, source: int, target: int, *, tail_len: int) -> None:
+        """Gives a sequence the sinks and the tail of another one of the same request."""
+        self.sinks[target].copy_(self.sinks[source])
+        self.tails[target, :, :, :, :tail_len].copy_(self.tails[source, :, :, :, :tail_len])
 
     def load_tail(self, slot: int, tail: bytes) -> int:
         """Takes a handed-over tail, fp16 [layer][K|V][kv_head][token][D]; returns its tokens.

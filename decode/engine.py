@@ -47,55 +47,83 @@ class DecodeEngine:
 
     @property
     def num_running(self) -> int:
+        """Sequences in the engine."""
         return len(self._running) + len(self._joining)
 
     def add(self, sequence: Sequence) -> None:
+        """Raises RuntimeError when the engine is closed."""
         with self._wake:
             if self._closing:
                 raise RuntimeError("the decode engine is closed")
+            sequence.leaving = False
             self._joining.append(sequence)
             self._wake.notify()
 
-    def cancel(self, sequence: Sequence) -> None:
-        """The sequence leaves before the next step; `on_released` tells when."""
+    def remove(self, sequence: Sequence) -> None:
+        """The sequence leaves before the next step; its listener hears when. Its state is whole: `add` resumes it."""
         with self._wake:
-            sequence.cancelled = True
+            sequence.leaving = True
+            self._wake.notify()
+
+    def grant(self, sequence: Sequence, block_id: int) -> None:
+        """Gives a sequence a spare block."""
+        with self._wake:
+            sequence.block_ids.append(block_id)
             self._wake.notify()
 
     def close(self) -> None:
-        """Ends the thread after the running step; sequences that are left get `on_error`."""
+        """Ends the thread after the running step; sequences that are left fail."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join()
 
     def _loop(self) -> None:
-        while self._gather():
+        while sequences := self._gather():
             try:
-                self._step(self._running)
+                self._step(sequences)
             except Exception as error:  # a failed step ends its sequences, not the worker
                 logger.exception("decode step failed")
-                for sequence in self._running:
+                for sequence in sequences:
                     self._fail(sequence, error)
-                self._running = []
         for sequence in (*self._running, *self._joining):
             self._fail(sequence, RuntimeError("the decode worker is shutting down"))
 
-    def _gather(self) -> bool:
-        """Waits until there is something to decode; False when the engine is closing."""
+    def _gather(self) -> list[Sequence]:
+        """Waits until there is something to decode, and says what; nothing when the engine is closing."""
         with self._wake:
             while True:
                 self._running.extend(self._joining)
                 self._joining.clear()
-                for sequence in [s for s in self._running if s.cancelled]:
-                    self._running.remove(sequence)
-                    sequence.on_released()
-                if self._closing or self._running:
-                    return not self._closing
+                for sequence in [s for s in self._running if s.leaving]:
+                    self._release(sequence)
+                ready = [s for s in list(self._running) if self._has_room(s)]
+                if self._closing:
+                    return []
+                if ready:
+                    return ready
                 self._wake.wait()
 
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Packs the tail if it is full. False when there is no block for it, or it cannot be packed."""
+        if sequence.tail_len < self._cache.layout.block_size:
+            return True
+        if sequence.num_blocks == len(sequence.block_ids):
+            return False
+        try:
+            self._cache.pack_tail(
+                sequence.slot, sequence.block_ids[sequence.num_blocks], first=sequence.num_blocks == 0
+            )
+        except Exception as error:  # one sequence's failure must not end the batch
+            self._fail(sequence, error)
+            return False
+        sequence.num_blocks += 1
+        sequence.tail_len = 0
+        sequence.listener.block_used(sequence)
+        return True
+
     def _step(self, sequences: list[Sequence]) -> None:
-        """Computes one token of every sequence; removes those that end."""
+        """Computes one token of every sequence."""
         for sequence in sequences:
             sequence.tail_len += 1
         batch = self._cache.batch(
@@ -111,40 +139,29 @@ class DecodeEngine:
             DecodeStep(self._cache, batch, self._kernels),
         )
         logits = self._model.logits(hidden)
-        self._running = [
-            sequence for row, sequence in enumerate(sequences) if self._finish_token(sequence, logits[row])
-        ]
+        for row, sequence in enumerate(sequences):
+            self._finish_token(sequence, logits[row])
 
-    def _finish_token(self, sequence: Sequence, logits: torch.Tensor) -> bool:
-        """Samples and reports one sequence's token; False when the sequence has ended."""
+    def _finish_token(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """Samples and reports one sequence's token; the sequence leaves with its last one."""
         try:
             token = sample(logits, sequence.sampling, sequence.history)
             index = sequence.history.num_output
             sequence.history.append(token.token_id)
             reason = finish_reason(token.token_id, sequence.history, sequence.sampling)
-            if not reason and sequence.tail_len == self._cache.layout.block_size:
-                self._pack_tail(sequence)
         except Exception as error:  # one row's failure must not end the batch
             self._fail(sequence, error)
-            return False
+            return
         sequence.last_token = token.token_id
-        if not sequence.cancelled:
-            sequence.on_token(TokenEvent(index, token, reason))
+        sequence.listener.token(sequence, TokenEvent(index, token, reason))
         if reason:
-            sequence.on_released()
-        return not reason
+            self._release(sequence)
 
-    def _pack_tail(self, sequence: Sequence) -> None:
-        self._cache.pack_tail(
-            sequence.slot,
-            sequence.block_ids[sequence.num_blocks],
-            first=sequence.num_blocks == 0,
-        )
-        sequence.num_blocks += 1
-        sequence.tail_len = 0
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        sequence.listener.error(sequence, error)
+        self._release(sequence)
 
-    @staticmethod
-    def _fail(sequence: Sequence, error: Exception) -> None:
-        if not sequence.cancelled:
-            sequence.on_error(error)
-        sequence.on_released()
+    def _release(self, sequence: Sequence) -> None:
+        if sequence in self._running:
+            self._running.remove(sequence)
+        sequence.listener.released(sequence)

@@ -22,7 +22,7 @@ class HandoffReceiver:
     def __init__(self, stream: PrefillStream, fetcher: BlockFetcher) -> None:
         self._stream = stream
         self._fetcher = fetcher
-        self._first: asyncio.Future[worker_pb2.TokenChunk] = asyncio.Future()
+        self._first: asyncio.Future[list[worker_pb2.TokenChunk]] = asyncio.Future()
         self._tail: asyncio.Future[bytes] = asyncio.Future()
         self._so_far: asyncio.Future[worker_pb2.PrefillUsage] = asyncio.Future()
         self._finished: asyncio.Future[worker_pb2.PrefillUsage] = asyncio.Future()
@@ -48,10 +48,14 @@ class HandoffReceiver:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def first_token(self) -> worker_pb2.TokenChunk:
-        """The token that prefill sampled; its blocks may still be on the way."""
+    async def first_tokens(self, n: int) -> list[worker_pb2.TokenChunk]:
+        """The tokens that prefill sampled, one for each answer; the blocks may still be on the way."""
         await self._until(self._first)
-        return self._first.result()
+        tokens = self._first.result()
+        if len(tokens) != n:
+            message = f"the prefill worker sampled {len(tokens)} first tokens where {n} were asked for"
+            raise PrefillFailed(grpc.StatusCode.INTERNAL, message)
+        return tokens
 
     async def complete(self, tail_bytes: int) -> bytes:
         """Waits until every block is in the pool; returns the tail, which must have `tail_bytes`."""
@@ -108,7 +112,7 @@ class HandoffReceiver:
                 case "handoff":
                     tail_bytes = event.handoff.tail_bytes
                     self._so_far.set_result(event.handoff.usage)
-                    self._first.set_result(event.handoff.first_token)
+                    self._first.set_result([event.handoff.first_token, *event.handoff.other_first_tokens])
                 case "tail_chunk":
                     tail += event.tail_chunk
                     if len(tail) > tail_bytes:

@@ -1,9 +1,9 @@
-"""One running request's state."""
+"""One running sequence's state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvferry.kernels.sampling import SampledToken, SamplingParams, TokenHistory
 
@@ -17,13 +17,30 @@ class TokenEvent:
     finish_reason: str
 
 
+class SequenceListener(Protocol):
+    """Hears of a sequence, on the engine's thread; must not block."""
+
+    def token(self, sequence: Sequence, event: TokenEvent) -> None: ...
+
+    def error(self, sequence: Sequence, error: Exception) -> None:
+        """The sequence failed; it gets no more tokens."""
+        ...
+
+    def block_used(self, sequence: Sequence) -> None:
+        """A spare block of the sequence is filled."""
+        ...
+
+    def released(self, sequence: Sequence) -> None:
+        """The last call, unless the sequence is added again: the engine touches neither its slot nor its blocks."""
+        ...
+
+
 @dataclass(eq=False, kw_only=True)
 class Sequence:
-    """A sequence from the handoff on.
+    """A sequence from the handoff on. Between steps it can be taken out of the engine and added again.
 
-    `block_ids` are all blocks reserved for it: the first `num_blocks` are complete, the others are for what decode
-    will fill. `on_token`, `on_error` and `on_released` are called on the engine's thread and must not block;
-    `on_released` is the last call: from then on the engine touches neither the slot nor the blocks.
+    The first `num_blocks` of `block_ids` are complete, the others are spare: decode fills them. A sequence whose tail
+    is full and that has no spare block stands still until `DecodeEngine.grant` gives it one.
     """
 
     num_prompt_tokens: int
@@ -34,10 +51,11 @@ class Sequence:
     num_blocks: int
     tail_len: int
     last_token: int
-    on_token: Callable[[TokenEvent], None]
-    on_error: Callable[[Exception], None]
-    on_released: Callable[[], None]
-    cancelled: bool = False
+    listener: SequenceListener
+    choice: int = 0
+    """Which of the request's answers it is."""
+    leaving: bool = False
+    """Set by `DecodeEngine.remove`: it leaves before the next step."""
 
     @property
     def position(self) -> int:

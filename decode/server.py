@@ -47,6 +47,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             namespace=namespace_of(self._info.identity, tenant=request.tenant, block_size=self._info.block_size),
             open_prefill=lambda: self._open_prefill(request, context),
             remaining_s=context.time_remaining(),
+            priority=request.priority,
         )
         try:
             async with aclosing(answers):
@@ -91,6 +92,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             token_ids=request.token_ids,
             sampling=request.sampling,
             identity=self._info.identity,
+            priority=request.priority,
         )
         remaining = context.time_remaining()
         return PrefillStream(
@@ -111,6 +113,7 @@ def answer_to_pb(answer: Answer) -> worker_pb2.TokenChunk:
         top_logprobs=[worker_pb2.TokenLogprob(token_id=i, logprob=p) for i, p in token.top_logprobs],
         finish_reason=reason,
         usage=usage_to_pb(answer.usage),
+        choice=answer.choice,
     )
 
 

@@ -15,7 +15,7 @@ from kvferry.decode.engine import DecodeEngine
 from kvferry.decode.fetch import BlockFetcher, TransferUsage
 from kvferry.decode.handoff import HandoffReceiver
 from kvferry.decode.prefill_stream import PrefillStream
-from kvferry.decode.running import RunningSequence
+from kvferry.decode.running import SequenceGroup
 from kvferry.decode.sequence import Sequence, TokenEvent
 from kvferry.kernels.sampling import SampledToken, SamplingParams, TokenHistory, finish_reason
 from kvferry.kvstore.client import StoreClient
@@ -39,9 +39,11 @@ USAGE_TIMEOUT_S = 0.2
 
 
 class Answer(NamedTuple):
+    choice: int
+    """Which of the request's `n` answers the token belongs to."""
     event: TokenEvent
     usage: RequestUsage
-    """So far; complete with the last token."""
+    """So far; complete with the last token of the last answer to finish."""
 
 
 class DecodeWorker:
@@ -70,58 +72,86 @@ class DecodeWorker:
         namespace: Namespace,
         open_prefill: Callable[[], PrefillStream],
         remaining_s: float | None,
+        priority: int = 0,
     ) -> AsyncGenerator[Answer]:
-        """Yields the answer's tokens in order. Closing the generator stops the work and frees the room.
+        """Yields the tokens of `sampling.n` answers, each answer's in order. Closing the generator stops the work and
+        frees the room. The answers share the prompt's complete blocks.
 
-        `remaining_s`: until the request's deadline; None without one.
+        `remaining_s`: until the request's deadline; None without one. `priority`: lower goes first.
         """
+        n = sampling.n
         keys = block_keys(namespace, token_ids)
         # The last token's K and V are never needed, so the longest cache is one token short of prompt + answer.
-        num_blocks = (len(token_ids) + sampling.max_tokens - 1) // namespace.block_size
+        max_blocks = (len(token_ids) + sampling.max_tokens - 1) // namespace.block_size
+        own_blocks = max_blocks - len(keys)
         tail_bytes = len(token_ids) % namespace.block_size * self._cache.layout.bytes_per_token_bf16
         usage = RequestUsage()
-        async with self.admission.reserve(num_blocks, keys) as reservation:
-            usage.num_local_tokens = len(reservation.shared) * namespace.block_size
+        async with self.admission.reserve(
+            len(keys) + n * min(own_blocks, 1),
+            keys,
+            num_slots=n,
+            max_blocks=len(keys) + n * own_blocks,
+            priority=priority,
+        ) as room:
+            usage.num_local_tokens = len(room.shared) * namespace.block_size
             stream = open_prefill()
-            fetcher = self._fetcher(keys, namespace, reservation, stream, remaining_s)
+            fetcher = self._fetcher(keys, namespace, room, stream, remaining_s)
             usage.transfer = fetcher.usage
             async with HandoffReceiver(stream, fetcher) as handoff:
-                chunk = await handoff.first_token()
-                history = TokenHistory.of(token_ids)
-                history.append(chunk.token_id)
-                reason = finish_reason(chunk.token_id, history, sampling)
-                usage.prefill = await handoff.finished(USAGE_TIMEOUT_S) if reason else handoff.account()
-                yield Answer(_first_event(chunk, sampling, reason), usage)
-                if reason:
+                chunks = await handoff.first_tokens(n)
+                histories = [_history(token_ids, chunk.token_id) for chunk in chunks]
+                reasons = [finish_reason(c.token_id, h, sampling) for c, h in zip(chunks, histories, strict=True)]
+                unfinished = reasons.count("")
+                usage.prefill = handoff.account() if unfinished else await handoff.finished(USAGE_TIMEOUT_S)
+                for choice, (chunk, reason) in enumerate(zip(chunks, reasons, strict=True)):
+                    yield Answer(choice, _first_event(chunk, sampling, reason), usage)
+                if not unfinished:
                     return
                 handed_over = time.monotonic()
-                tail_len = self._take_tail(await handoff.complete(tail_bytes), reservation, fetcher.usage)
+                tail_len = self._take_tail(await handoff.complete(tail_bytes), room, fetcher.usage)
                 usage.transfer_seconds = time.monotonic() - handed_over
-                running = RunningSequence(self._engine)
-                sequence = Sequence(
-                    num_prompt_tokens=len(token_ids),
-                    sampling=sampling,
-                    history=history,
-                    slot=reservation.slot,
-                    block_ids=reservation.block_ids,
-                    num_blocks=len(keys),
-                    tail_len=tail_len,
-                    last_token=chunk.token_id,
-                    on_token=running.put,
-                    on_error=running.put,
-                    on_released=running.release,
+                group = SequenceGroup(
+                    engine=self._engine,
+                    cache=self._cache,
+                    admission=self.admission,
+                    room=room,
+                    max_blocks=max_blocks,
+                    prefix_caching=self._config.prefix_caching,
                 )
+                spare = iter(room.block_ids[len(keys) :])
+                sequences = [
+                    Sequence(
+                        num_prompt_tokens=len(token_ids),
+                        sampling=sampling.for_choice(choice),
+                        history=histories[choice],
+                        slot=room.slots[choice],
+                        block_ids=room.block_ids[: len(keys)] + [next(spare) for _ in range(min(own_blocks, 1))],
+                        num_blocks=len(keys),
+                        tail_len=tail_len,
+                        last_token=chunk.token_id,
+                        listener=group,
+                        choice=choice,
+                    )
+                    for choice, chunk in enumerate(chunks)
+                    if not reasons[choice]
+                ]
                 started = time.monotonic()
-                async with running.hold(sequence):
-                    async for event in running.events():
+                async with group.run(sequences):
+                    async for choice, event in group.events():
                         usage.decode_seconds = time.monotonic() - started
                         usage.prefill = handoff.account()
-                        if event.finish_reason:
+                        unfinished -= bool(event.finish_reason)
+                        if not unfinished:
                             usage.prefill = await handoff.finished(USAGE_TIMEOUT_S)
-                        yield Answer(event, usage)
+                        yield Answer(choice, event, usage)
 
-    def _take_tail(self, tail: bytes, reservation: Reservation, usage: TransferUsage) -> int:
-        tokens = self._cache.load_tail(reservation.slot, tail)
+    def _take_tail(self, tail: bytes, room: Reservation, usage: TransferUsage) -> int:
+        first, *others = room.slots
+        tokens = self._cache.load_tail(first, tail)
+        if room.keys:
+            self._cache.use_sinks(first, room.block_ids[0])
+        for slot in others:
+            self._cache.copy_slot(first, slot, tail_len=tokens)
         usage.handoff_bytes += len(tail)
         usage.handoff_tokens += tokens
         return tokens
@@ -130,30 +160,31 @@ class DecodeWorker:
         self,
         keys: list[bytes],
         namespace: Namespace,
-        reservation: Reservation,
+        room: Reservation,
         stream: PrefillStream,
         remaining_s: float | None,
     ) -> BlockFetcher:
         def loaded(index: int) -> None:
             if self._config.prefix_caching:
-                self._pool.publish(reservation.block_ids[index], keys[index])
-            if index == 0:
-                self._cache.use_sinks(reservation.slot, reservation.block_ids[0])
-
-        if 0 in reservation.shared:
-            self._cache.use_sinks(reservation.slot, reservation.block_ids[0])
+                self._pool.publish(room.block_ids[index], keys[index])
 
         return BlockFetcher(
             keys=keys,
             namespace=namespace.digest(),
-            block_ids=reservation.block_ids,
-            missing=set(range(len(keys))) - reservation.shared,
+            block_ids=room.block_ids,
+            missing=set(range(len(keys))) - room.shared,
             cache=self._cache,
             store=self._store,
             ask_prefill=stream.ask,
             loaded=loaded,
             timeout_s=min(self._config.fetch_timeout_s, (remaining_s or float("inf")) / 4),
         )
+
+
+def _history(token_ids: list[int], first: int) -> TokenHistory:
+    history = TokenHistory.of(token_ids)
+    history.append(first)
+    return history
 
 
 def _first_event(chunk: worker_pb2.TokenChunk, sampling: SamplingParams, reason: str) -> TokenEvent:

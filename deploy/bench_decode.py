@@ -109,13 +109,11 @@ class _PackedDecoder:
             num_blocks=blocks.num_blocks,
             tail_len=blocks.tail_len,
             last_token=first.token_id,
-            on_token=self._on_token,
-            on_error=self._on_error,
-            on_released=self._reached.set,
+            listener=self,
         )
         self._engine = DecodeEngine(runtime.model, kernels, cache)
         self._started = False
-        self._error: Exception | None = None
+        self._failure: Exception | None = None
 
     def run(self, steps: int) -> list[float]:
         self._stamps, self._wanted = [time.perf_counter()], steps
@@ -124,19 +122,25 @@ class _PackedDecoder:
         if not self._started:
             self._engine.add(self._sequence)
             self._started = True
-        if not self._reached.wait(STEP_TIMEOUT_S * steps) or self._error is not None:
-            raise RuntimeError(f"the decode engine did not answer: {self._error}")
+        if not self._reached.wait(STEP_TIMEOUT_S * steps) or self._failure is not None:
+            raise RuntimeError(f"the decode engine did not answer: {self._failure}")
         return [b - a for a, b in zip(self._stamps, self._stamps[1:], strict=False)]
 
-    def _on_token(self, event: TokenEvent) -> None:
+    def block_used(self, sequence: Sequence) -> None:
+        """All blocks were there from the beginning."""
+
+    def released(self, sequence: Sequence) -> None:
+        self._reached.set()
+
+    def token(self, sequence: Sequence, event: TokenEvent) -> None:
         self._stamps.append(time.perf_counter())
         if len(self._stamps) > self._wanted:
             self._resume.clear()
             self._reached.set()
             self._resume.wait(STEP_TIMEOUT_S * 10)  # the other contenders' turn
 
-    def _on_error(self, error: Exception) -> None:
-        self._error = error
+    def error(self, sequence: Sequence, error: Exception) -> None:
+        self._failure = error
 
 
 class _PlainDecoder:

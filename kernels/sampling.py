@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,6 +31,7 @@ class SamplingFields(Protocol):
     frequency_penalty: float
     max_tokens: int
     min_tokens: int
+    n: int
     logprobs: bool
     top_logprobs: int
 
@@ -55,6 +56,12 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     top_logprobs: int | None = None
     """None: no log-probabilities; n: of the chosen token and of the n likeliest ones."""
+    n: int = 1
+    """Answers to one prompt."""
+
+    def for_choice(self, choice: int) -> SamplingParams:
+        """The parameters of answer `choice` of the `n`: those of a request of its own with another seed."""
+        return replace(self, seed=(self.seed + choice) % 2**64, n=1)
 
     @classmethod
     def of(cls, fields: SamplingFields) -> SamplingParams:
@@ -71,6 +78,7 @@ class SamplingParams:
             min_tokens=fields.min_tokens,
             stop_token_ids=frozenset(fields.stop_token_ids),
             top_logprobs=fields.top_logprobs if fields.logprobs else None,
+            n=fields.n or 1,
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvferry.decode.cache import PackedCache
 from kvferry.decode.engine import DecodeEngine
-from kvferry.decode.sequence import Sequence
+from kvferry.decode.sequence import Sequence, TokenEvent
 from kvferry.deploy.models import LoadedModel
 from kvferry.kernels.dispatch import select_kernels
 from kvferry.kernels.forward import AttentionStep, CausalModel
@@ -121,7 +121,7 @@ class PackedRun:
         cache = PackedCache(
             self.layout, num_blocks=sum(room), num_slots=len(prompts), kernels=self._kernels, device=self._device
         )
-        waiting = _Waiting(len(prompts))
+        waiting = _Listener(len(prompts), on_token)
         sequences = []
         for slot, (blocks, sampled) in enumerate(computed):
             ids = list(range(sum(room[:slot]), sum(room[: slot + 1])))
@@ -140,9 +140,7 @@ class PackedRun:
                     num_blocks=blocks.num_blocks,
                     tail_len=blocks.tail_len,
                     last_token=first,
-                    on_token=lambda event, slot=slot: on_token(slot, event.token.token_id),  # type: ignore[misc]
-                    on_error=waiting.fail,
-                    on_released=waiting.release,
+                    listener=waiting,
                 )
             )
         engine = DecodeEngine(model, self._kernels, cache)
@@ -186,21 +184,28 @@ class PackedRun:
         cache.load_tail(slot, blocks.tail_bytes())
 
 
-class _Waiting:
-    """Waits for the engine to release all sequences."""
+class _Listener:
+    """`SequenceListener` that passes tokens on by slot, and waits for the engine to release all sequences."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, on_token: Callable[[int, int], None]) -> None:
         self._left = count
+        self._on_token = on_token
         self._finished = threading.Event()
         self._error: Exception | None = None
 
-    def release(self) -> None:
+    def token(self, sequence: Sequence, event: TokenEvent) -> None:
+        self._on_token(sequence.slot, event.token.token_id)
+
+    def error(self, sequence: Sequence, error: Exception) -> None:
+        self._error = error
+
+    def block_used(self, sequence: Sequence) -> None:
+        """All blocks were there from the beginning."""
+
+    def released(self, sequence: Sequence) -> None:
         self._left -= 1  # on the engine's thread only
         if self._left == 0 or self._error is not None:
             self._finished.set()
-
-    def fail(self, error: Exception) -> None:
-        self._error = error
 
     def wait(self, timeout_s: float) -> None:
         if not self._finished.wait(timeout_s):

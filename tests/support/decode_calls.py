@@ -38,6 +38,9 @@ class Inside:
             "blocks": admission.pool.num_used,
             "slots": self.cache.tails.shape[0] - len(admission._slots),
             "waiting": admission.num_waiting,
+            "growing": len(admission._growing),
+            "swappable": len(admission._swappable),
+            "leaving": len(admission._leaving),
             "sequences": self.engine.num_running,
         }
         return {name: count for name, count in counts.items() if count}
