@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvferry.decode.cache import PackedCache
 from kvferry.kernels.packed import DecodeBatch, PackedKernels
@@ -34,8 +35,7 @@ class DecodeStep:
         tails = self._cache.tails
         tails[self._slots, layer, 0, :, self._positions] = key[:n].to(torch.float16)
         tails[self._slots, layer, 1, :, self._positions] = value[:n].to(torch.float16)
-        out = torch.zeros_like(query)
-        out[:n] = self._kernels.decode_attention(
+        out = self._kernels.decode_attention(
             query[:n], self._batch, layer=layer, scale=scale, window=window, softcap=softcap
         )
-        return out
+        return out if n == query.shape[0] else pad(out, (0, 0, 0, 0, 0, query.shape[0] - n))

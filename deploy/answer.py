@@ -34,14 +34,11 @@ class Answer:
         self._token_texts = token_texts
         self.num_tokens = 0
         self.finish_reason = ""
-        self.worker_usage = worker_pb2.DecodeUsage()
 
     def add(self, chunk: worker_pb2.TokenChunk) -> inference_pb2.GenerateChunk:
         """The client's chunk for one token. With `finish_reason`, it is the last; the usage is the caller's to set."""
         self._check(chunk)
         self.num_tokens += 1
-        if chunk.HasField("usage"):
-            self.worker_usage = chunk.usage
         text = self._detokenizer.push([chunk.token_id])
         if chunk.finish_reason:
             text += self._detokenizer.finish()

@@ -37,6 +37,7 @@ from kvferry.deploy.client_errors import (
     friendly_errors,
 )
 from kvferry.deploy.client_messages import (
+    Choice,
     Chunk,
     ChunkReader,
     Completion,
@@ -62,6 +63,7 @@ __all__ = [
     "DEFAULT_ADDRESS",
     "AsyncClient",
     "Cancelled",
+    "Choice",
     "Chunk",
     "Client",
     "ClientError",
@@ -130,7 +132,7 @@ class Client:
     def _stream(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> Iterator[Chunk]:
         with friendly_errors(self._address):
             call = self._stub.Generate(request, timeout=timeout)
-            order = ChunkReader()
+            order = ChunkReader(request.sampling.n)
             try:
                 for message in call:
                     yield order.next(message)
@@ -185,7 +187,7 @@ class AsyncClient:
     ) -> AsyncGenerator[Chunk, None]:
         with friendly_errors(self._address):
             call = self._stub.Generate(request, timeout=timeout)
-            order = ChunkReader()
+            order = ChunkReader(request.sampling.n)
             try:
                 async for message in call:
                     yield order.next(message)

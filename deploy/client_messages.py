@@ -41,10 +41,13 @@ class Sampling(TypedDict, total=False):
     ignore_eos: bool  # False
     top_logprobs: int  # set: log-probabilities of each token and of this many others
     min_tokens: int  # 0
+    n: int  # 1: answers, sampled with `seed`, `seed` + 1, ...
 
 
 class GenerateOptions(PromptOptions, Sampling, total=False):
     """All keyword arguments of `generate` and `stream`."""
+
+    priority: int  # 0; lower goes first
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +84,31 @@ class Chunk:
     text: str  # whole characters; may be empty
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
-    finish_reason: str  # "", and on the last chunk "stop" or "length"
-    usage: Usage | None  # on the last chunk
+    finish_reason: str  # "", and on an answer's last chunk "stop" or "length"
+    usage: Usage | None  # on the last chunk of all
+    choice: int = 0  # which of the `n` answers; each has indexes of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of `n` answers."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop" or "length"
+    logprobs: tuple[TokenLogprobs, ...]  # one a token, if asked for
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
+    """The first answer, and with `n` the others too."""
+
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str  # "stop" or "length"
-    usage: Usage
+    usage: Usage  # of all answers together
     logprobs: tuple[TokenLogprobs, ...]  # one a token, if asked for
+    choices: tuple[Choice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +126,23 @@ class Model:
 
 
 class ChunkReader:
-    """Sees to it that every token comes once, and that the answer has an end."""
+    """Sees to it that every token comes once, and that every answer has an end."""
 
-    def __init__(self) -> None:
-        self._num_tokens = 0
-        self._finished = False
+    def __init__(self, n: int = 1) -> None:
+        self._num_tokens = [0] * max(n, 1)
+        self._finished = [False] * max(n, 1)
 
     def next(self, message: inference_pb2.GenerateChunk) -> Chunk:
-        if message.index != self._num_tokens or self._finished:
-            raise ServerError(f"The gateway sent token {message.index} where token {self._num_tokens} was due.")
-        self._num_tokens += len(message.token_ids)
-        self._finished = bool(message.finish_reason)
+        choice = message.choice
+        if choice >= len(self._num_tokens):
+            raise ServerError(f"The gateway sent answer {choice} where {len(self._num_tokens)} were asked for.")
+        due = self._num_tokens[choice]
+        if message.index != due or self._finished[choice]:
+            raise ServerError(f"The gateway sent token {message.index} where token {due} was due.")
+        self._num_tokens[choice] += len(message.token_ids)
+        self._finished[choice] = bool(message.finish_reason)
         return Chunk(
+            choice=choice,
             index=message.index,
             text=message.text,
             token_ids=tuple(message.token_ids),
@@ -130,13 +152,17 @@ class ChunkReader:
         )
 
     def end(self) -> None:
-        if not self._finished:
-            raise ServerError(f"The answer broke off after {self._num_tokens} tokens.")
+        if not all(self._finished):
+            raise ServerError(f"The answer broke off after {sum(self._num_tokens)} tokens.")
 
 
 def generate_request(prompt: str | None, options: GenerateOptions) -> inference_pb2.GenerateRequest:
     _check_names(options, GenerateOptions)
     request = inference_pb2.GenerateRequest(model=options.get("model", ""))
+    try:
+        request.priority = options.get("priority", 0)
+    except (TypeError, ValueError):
+        raise InvalidRequest(f"priority cannot be {_short(options.get('priority'))}.") from None
     _set_prompt(request, prompt, options)
     for name in Sampling.__annotations__:
         value = options.get(name)
@@ -200,11 +226,19 @@ def completion(chunks: Sequence[Chunk]) -> Completion:
     last = chunks[-1]
     if last.usage is None:
         raise ServerError("The gateway's last chunk has no usage.")
-    return Completion(
+    choices = tuple(
+        _choice([chunk for chunk in chunks if chunk.choice == choice])
+        for choice in range(1 + max(chunk.choice for chunk in chunks))
+    )
+    first = choices[0]
+    return Completion(first.text, first.token_ids, first.finish_reason, last.usage, first.logprobs, choices)
+
+
+def _choice(chunks: Sequence[Chunk]) -> Choice:
+    return Choice(
         text="".join(chunk.text for chunk in chunks),
         token_ids=tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
+        finish_reason=chunks[-1].finish_reason,
         logprobs=tuple(item for chunk in chunks for item in chunk.logprobs),
     )
 

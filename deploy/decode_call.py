@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 
 import grpc
 
-from kvferry.deploy.answer import Answer
+from kvferry.deploy.answers import Answers
 from kvferry.deploy.error_metadata import RETRY_AFTER_KEY
 from kvferry.deploy.errors import (
     BrokenStream,
@@ -29,26 +29,27 @@ _DEFAULT_RETRY_MS = 1_000
 
 
 async def decode(
-    worker: PooledWorker, request: worker_pb2.DecodeRequest, answer: Answer, deadline: float
+    worker: PooledWorker, request: worker_pb2.DecodeRequest, answers: Answers, deadline: float
 ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
-    """The answer's chunks, to its end or to a stop string. Leaving early cancels the worker's call at once."""
+    """The chunks of all answers, each to its end or to a stop string. Leaving early cancels the call at once."""
     call = worker.decode.Generate(request, timeout=max(deadline - time.monotonic(), 0.001))
     try:
         async for worker_chunk in call:
-            chunk = answer.add(worker_chunk)
-            yield chunk
-            if worker_chunk.finish_reason:
+            chunk = answers.add(worker_chunk)
+            if chunk is not None:
+                yield chunk
+            if answers.ended_by_worker:
                 await _end_of_stream(call)
-            if chunk.finish_reason:
+            if answers.finished:
                 return
-        raise BrokenStream(f"The worker's answer broke off after {answer.num_tokens} tokens without a finish reason.")
+        raise BrokenStream(f"The worker's answer broke off after {answers.num_tokens} tokens without a finish reason.")
     except grpc.aio.AioRpcError as error:
-        raise request_error(error, num_tokens=answer.num_tokens) from None
+        raise request_error(error, num_tokens=answers.num_tokens) from None
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise _lost(answer.num_tokens) from None  # not we are cancelled: the worker's channel was closed
+        raise _lost(answers.num_tokens) from None  # not we are cancelled: the worker's channel was closed
     finally:
         call.cancel()
 

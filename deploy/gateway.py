@@ -15,6 +15,7 @@ from typing import Any
 
 from kvferry.deploy.admission import Admission
 from kvferry.deploy.answer import Answer, usage_from_worker
+from kvferry.deploy.answers import Answers
 from kvferry.deploy.config import GatewayConfig, ModelLimits
 from kvferry.deploy.decode_call import decode
 from kvferry.deploy.detokenizer import Detokenizer, TokenTexts, special_token_ids
@@ -89,15 +90,16 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                     tenant=self._config.tenant,
                     token_ids=token_ids,
                     sampling=params,
+                    priority=request.priority,
                 )
-                answer = self._new_answer(decode_request, request.sampling.stop)
+                answers = Answers([self._new_answer(decode_request, request.sampling.stop) for _ in range(params.n)])
                 ttft = None
-                async with aclosing(self._stream(decode_request, answer, deadline)) as chunks:
+                async with aclosing(self._stream(decode_request, answers, deadline)) as chunks:
                     async for chunk, pair in chunks:
                         now = time.monotonic()
                         ttft = now - received if ttft is None else ttft
-                        if chunk.finish_reason:
-                            usage = _usage(decode_request, answer, pair)
+                        if answers.finished:
+                            usage = _usage(decode_request, answers, pair)
                             usage.ttft_seconds, usage.e2e_seconds = ttft, now - received
                             chunk.usage.CopyFrom(usage)
                         yield chunk
@@ -129,9 +131,9 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.ListModelsReply(models=[model])
 
     async def _stream(
-        self, request: worker_pb2.DecodeRequest, answer: Answer, deadline: float
+        self, request: worker_pb2.DecodeRequest, answers: Answers, deadline: float
     ) -> AsyncGenerator[tuple[inference_pb2.GenerateChunk, WorkerPair], None]:
-        """The answer from one pair of workers, or from another if the first is lost before its first token."""
+        """The answers from one pair of workers, or from another if the first is lost before its first token."""
         failed: list[PooledWorker] = []
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             pair = self._pick(request, failed)
@@ -141,7 +143,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                 if pair.prefill:
                     prefilling.enter_context(pair.prefill.in_use())
                 try:
-                    chunks = decode(pair.decode, request, answer, deadline)
+                    chunks = decode(pair.decode, request, answers, deadline)
                     async with aclosing(chunks):
                         async for chunk in chunks:
                             prefilling.close()
@@ -151,7 +153,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                     for worker in pair.workers:
                         worker.poll_now.set()
                     failed += pair.workers
-                    if answer.num_tokens or attempt == _MAX_ATTEMPTS:
+                    if answers.num_tokens or attempt == _MAX_ATTEMPTS:
                         raise
                     if not self._pairs_without(failed):
                         raise WorkerLost(f"{error} No other worker is ready.") from None
@@ -209,10 +211,10 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             self._request_ids.discard(request_id)
 
 
-def _usage(request: worker_pb2.DecodeRequest, answer: Answer, pair: WorkerPair) -> inference_pb2.Usage:
+def _usage(request: worker_pb2.DecodeRequest, answers: Answers, pair: WorkerPair) -> inference_pb2.Usage:
     info = pair.decode.info or worker_pb2.WorkerInfo()
-    usage = usage_from_worker(answer.worker_usage, kv_bytes_per_token_bf16=info.kv_bytes_per_token_bf16)
+    usage = usage_from_worker(answers.worker_usage, kv_bytes_per_token_bf16=info.kv_bytes_per_token_bf16)
     usage.prompt_tokens = len(request.token_ids)
-    usage.completion_tokens = answer.num_tokens
+    usage.completion_tokens = answers.num_tokens
     usage.seed = request.sampling.seed
     return usage

@@ -14,6 +14,7 @@
 | stop_token_ids | none | at most 64 ids of the vocabulary |
 | top_logprobs | unset (no log-probabilities) | 0 to 20 |
 | min_tokens | 0 | 0 to max_tokens |
+| n | 1 | 1 to 16; answer i is sampled with seed + i |
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
+MAX_ANSWERS = 16
 
 
 class Range(NamedTuple):
@@ -84,6 +86,7 @@ class SamplingRules:
         )
         params.logprobs = sampling.HasField("top_logprobs")
         params.top_logprobs = self._integer("top_logprobs", sampling.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        params.n = self._integer("n", sampling.n, 1, MAX_ANSWERS) if sampling.HasField("n") else 1
         params.seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(63)
         params.stop_token_ids.extend(self._stop_token_ids(sampling))
         self._check_stop(sampling.stop)

@@ -142,21 +142,33 @@ class Workers:
         max_tokens: int = 8,
         tenant: str = "default",
         timeout: float = 60.0,
+        priority: int = 0,
         **sampling: Any,
     ) -> Answer:
         answer = Answer()
-        async for chunk in self.stream(token_ids, max_tokens=max_tokens, tenant=tenant, timeout=timeout, **sampling):
+        async for chunk in self.stream(
+            token_ids, max_tokens=max_tokens, tenant=tenant, timeout=timeout, priority=priority, **sampling
+        ):
             assert chunk.index == len(answer.tokens)
             answer.tokens.append(chunk.token_id)
             answer.chunks.append(chunk)
         return answer
 
-    def stream(self, token_ids: list[int], *, tenant: str = "default", timeout: float = 60.0, **sampling: Any) -> Any:
+    def stream(
+        self,
+        token_ids: list[int],
+        *,
+        tenant: str = "default",
+        timeout: float = 60.0,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> Any:
         request = worker_pb2.DecodeRequest(
             request_id="test",
             tenant=tenant,
             token_ids=token_ids,
             prefill_address=self.prefill_address,
+            priority=priority,
             sampling=worker_pb2.SamplingParams(**sampling),
         )
         return worker_pb2_grpc.DecodeStub(self.channel).Generate(request, timeout=timeout)

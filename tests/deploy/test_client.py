@@ -120,6 +120,50 @@ async def test_logprobs(lab):
     assert (last.chosen.text, last.top) == ("<|im_end|>", ())
 
 
+async def test_several_answers(lab):
+    """Told apart by their choice, each with indexes, text and a finish reason of its own."""
+    [a], [b] = lab.ids(" a"), lab.ids(" b")
+    chunk = worker_pb2.TokenChunk
+    worker = await lab.worker(
+        [
+            chunk(index=0, token_id=a, choice=0),
+            chunk(index=0, token_id=b, choice=1),
+            chunk(index=1, token_id=b, choice=1),
+            chunk(index=1, token_id=lab.EOS, choice=0, finish_reason="stop"),
+            chunk(index=2, token_id=b, choice=1, finish_reason="length"),
+        ]
+    )
+    gateway = await lab.gateway([worker])
+    async with AsyncClient(gateway.address) as client:
+        answer = await client.generate("Hi", n=2, seed=5, priority=3)
+    assert [choice.text for choice in answer.choices] == [" a", " b b b"]
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "length"]
+    assert (answer.text, answer.token_ids) == (" a", (a, lab.EOS))
+    assert answer.usage.completion_tokens == 5
+    [request] = worker.requests
+    assert (request.sampling.n, request.sampling.seed, request.priority) == (2, 5, 3)
+
+
+async def test_a_stop_string_ends_one_answer_and_not_the_others(lab):
+    [a], [b] = lab.ids(" a"), lab.ids(" b")
+    chunk = worker_pb2.TokenChunk
+    order = [(0, 0, b), (1, 0, a), (0, 1, a), (1, 1, a), (0, 2, a), (1, 2, a)]
+    script = [chunk(index=i, token_id=token, choice=c, finish_reason="length" * (i == 2)) for c, i, token in order]
+    gateway = await lab.gateway([await lab.worker(script)])
+    async with AsyncClient(gateway.address) as client:
+        answer = await client.generate("Hi", n=2, stop=" b")
+    assert [choice.text for choice in answer.choices] == ["", " a a a"]
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "length"]
+
+
+async def test_an_answer_that_was_not_asked_for(lab):
+    worker = await lab.worker([worker_pb2.TokenChunk(index=0, token_id=5, choice=2)])
+    gateway = await lab.gateway([worker])
+    async with AsyncClient(gateway.address) as client:
+        with pytest.raises(ServerError, match="answer 2; 2 were due"):
+            await client.generate("Hi", n=2)
+
+
 async def test_closing_a_stream_cancels(lab):
     worker = await lab.worker([5, 6, 60.0, 7])
     gateway = await lab.gateway([worker])

@@ -1,0 +1,63 @@
+"""A request's tokens do not depend on its company: more than 500 compositions of a batch, some with swaps."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from support.decode_calls import Inside
+
+from kvferry.decode.config import DecodeConfig
+from kvferry.deploy.worker_server import ModelRuntime
+
+BLOCK_BYTES = 3 * 2 * 24 * 64
+
+
+@pytest.mark.parametrize("num_blocks", [400, 40], ids=["room for all", "swaps"])
+async def test_no_composition_changes_a_token(
+    runtime: Callable[..., ModelRuntime],
+    serve_workers: Any,
+    make_prompt: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    num_blocks: int,
+) -> None:
+    workers = await serve_workers(
+        runtime(), None, DecodeConfig(pool_bytes=num_blocks * BLOCK_BYTES, max_num_seqs=9, max_waiting=200)
+    )
+    inside = Inside.of(workers)
+    rng = random.Random(num_blocks)
+    kinds: list[tuple[list[int], dict[str, Any]]] = [
+        (
+            make_prompt(rng.choice((3, 31, 32, 33, 70, 150, 300)), seed=i),
+            {"max_tokens": rng.randint(30, 70), "temperature": rng.choice((0.0, 0.8)), "seed": i},
+        )
+        for i in range(16)
+    ]
+    expected = [(await workers.generate(prompt, **options)).tokens for prompt, options in kinds]
+
+    compositions: set[tuple[tuple[int, int], ...]] = set()
+    batch = inside.cache.batch
+
+    def record(**arguments: Any) -> Any:
+        contexts = zip(map(len, arguments["block_tables"]), arguments["tail_lens"], strict=True)
+        compositions.add(tuple(contexts))
+        return batch(**arguments)
+
+    monkeypatch.setattr(inside.cache, "batch", record)
+
+    async def ask() -> None:
+        await asyncio.sleep(rng.random() * 4)
+        which = rng.randrange(len(kinds))
+        prompt, options = kinds[which]
+        answer = await workers.generate(prompt, **options, priority=rng.randint(0, 2) * (num_blocks == 40))
+        assert answer.tokens == expected[which]
+
+    async with asyncio.timeout(120), asyncio.TaskGroup() as group:
+        for _ in range(100):
+            group.create_task(ask())
+    assert len(compositions) > 500, len(compositions)
+    assert (inside.admission.num_swaps > 0) == (num_blocks == 40)
+    await inside.assert_all_free()
