@@ -12,6 +12,7 @@ from kvferry.decode.admission import RequestTooLarge, WorkerFull
 from kvferry.decode.config import DecodeConfig
 from kvferry.decode.prefill_stream import PrefillChannels, PrefillFailed, PrefillStream
 from kvferry.decode.running import DecodeFailed
+from kvferry.decode.warm import AnswerWarmer
 from kvferry.decode.worker import Answer, DecodeWorker, RequestUsage
 from kvferry.kernels.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from kvferry.kvstore.identity import namespace_of
@@ -33,8 +34,10 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         self._vocab_size = vocab_size
         self._config = config
         self._channels = PrefillChannels()
+        self.warmer = AnswerWarmer()
 
     async def close(self) -> None:
+        await self.warmer.close()
         await self._channels.close()
 
     async def Generate(
@@ -49,10 +52,14 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             remaining_s=context.time_remaining(),
             priority=request.priority,
         )
+        written: list[int] = []
         try:
             async with aclosing(answers):
                 async for answer in answers:
+                    if answer.choice == 0:
+                        written.append(answer.event.token.token_id)
                     yield answer_to_pb(answer)
+            self._warm(request, written)
         except RequestTooLarge as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except WorkerFull as error:
@@ -86,21 +93,44 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
 
     def _open_prefill(self, request: worker_pb2.DecodeRequest, context: Context) -> PrefillStream:
+        remaining = context.time_remaining()
+        return self._prefill_stream(
+            request,
+            worker_pb2.PrefillStart(
+                request_id=request.request_id,
+                tenant=request.tenant,
+                token_ids=request.token_ids,
+                sampling=request.sampling,
+                identity=self._info.identity,
+                priority=request.priority,
+            ),
+            timeout_s=self._config.prefill_timeout_s if remaining is None else remaining,
+        )
+
+    def _warm(self, request: worker_pb2.DecodeRequest, written: list[int]) -> None:
+        """Has the blocks that a single answer completed computed for the conversation's next turn."""
+        size, prompt = self._info.block_size, len(request.token_ids)
+        if (
+            not self._config.publish_answers
+            or request.sampling.n > 1
+            or (prompt + len(written)) // size == prompt // size
+        ):
+            return
         start = worker_pb2.PrefillStart(
             request_id=request.request_id,
             tenant=request.tenant,
-            token_ids=request.token_ids,
-            sampling=request.sampling,
+            token_ids=[*request.token_ids, *written],
             identity=self._info.identity,
             priority=request.priority,
+            warm=True,
         )
-        remaining = context.time_remaining()
-        return PrefillStream(
-            self._channels.get(request.prefill_address),
-            request.prefill_address,
-            start,
-            timeout_s=self._config.prefill_timeout_s if remaining is None else remaining,
-        )
+        self.warmer.warm(self._prefill_stream(request, start, timeout_s=self._config.prefill_timeout_s))
+
+    def _prefill_stream(
+        self, request: worker_pb2.DecodeRequest, start: worker_pb2.PrefillStart, *, timeout_s: float
+    ) -> PrefillStream:
+        address = request.prefill_address
+        return PrefillStream(self._channels.get(address), address, start, timeout_s=timeout_s)
 
 
 def answer_to_pb(answer: Answer) -> worker_pb2.TokenChunk:

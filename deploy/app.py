@@ -224,9 +224,10 @@ class Deployment:
             DecodeConfig(
                 host=settings.decode.host,
                 port=settings.decode.port and settings.decode.port + i,
-                pool_bytes=settings.decode.kv_memory,
+                kv_memory=settings.decode.kv_memory,
                 max_num_seqs=settings.decode.max_num_seqs,
                 prefix_caching=settings.decode.prefix_caching,
+                publish_answers=settings.decode.publish_answers,
             )
             for i in range(settings.decode.count)
         ]

@@ -50,7 +50,9 @@ def serve(
     config: ConfigOption = None,
     host: Annotated[str | None, typer.Option(help="Address that the gateway binds.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the gateway.")] = None,
-    kv_memory: Annotated[str | None, typer.Option(help="Block pool of each decode worker, e.g. 2GiB.")] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(help="Block pool of each decode worker: 2GiB, or 80% of what is free.")
+    ] = None,
     store_memory: Annotated[str | None, typer.Option(help="Memory of the KV store node, e.g. 4GiB.")] = None,
     redis: Annotated[str | None, typer.Option(help="Keep blocks in this Redis: redis://host:port/db.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,

@@ -18,6 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from kvferry.deploy.memory_size import KVMemory
 from kvferry.kernels.presets import DEFAULT_PRESET
 from kvferry.kvstore.size import parse_size
 
@@ -66,10 +67,13 @@ class DecodeSettings(_Section):
     port: Port = 7650
     """The first worker's; the next ones count up. 0: any free ports."""
     count: int = Field(1, ge=1, le=64)
-    kv_memory: Bytes = 512 * 2**20
+    kv_memory: KVMemory = 512 * 2**20
+    """Bytes, or a share of what is free once the model is loaded: 80%."""
     max_num_seqs: int = Field(16, gt=0, le=1024)
     prefix_caching: bool = True
     """Keep the blocks of finished prompts in the pool while there is room."""
+    publish_answers: bool = True
+    """After an answer, compute and publish its blocks when prefill is idle, for the conversation's next turn."""
 
 
 class Settings(BaseSettings):

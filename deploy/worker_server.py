@@ -15,6 +15,7 @@ from kvferry.decode.config import DecodeConfig
 from kvferry.decode.engine import DecodeEngine
 from kvferry.decode.server import DecodeServicer
 from kvferry.decode.worker import DecodeWorker
+from kvferry.deploy.kv_memory import pool_blocks, what_fits
 from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class, rows_are_invariant
 from kvferry.kernels.dispatch import Selection, select_kernels
@@ -197,12 +198,7 @@ class WorkerServer:
 
     def _add_decode(self, server: grpc.aio.Server, config: DecodeConfig) -> worker_pb2.WorkerInfo:
         runtime = self._runtime
-        num_blocks = config.pool_bytes // runtime.layout.block_bytes
-        if num_blocks < 1:
-            raise ValueError(
-                f"the block pool of {config.pool_bytes} bytes holds no block of {runtime.layout.block_bytes} bytes: "
-                "give the decode worker more memory"
-            )
+        num_blocks = pool_blocks(config.kv_memory, runtime.layout, runtime.loaded.device)
         cache = PackedCache(
             runtime.layout,
             num_blocks=num_blocks,
@@ -225,9 +221,7 @@ class WorkerServer:
         servicer = DecodeServicer(worker=worker, info=info, vocab_size=runtime.model.vocab_size, config=config)
         worker_pb2_grpc.add_DecodeServicer_to_server(servicer, server)
         self._decode = (engine, servicer)
-        tokens = num_blocks * runtime.layout.block_size
-        bf16 = config.pool_bytes // runtime.layout.bytes_per_token_bf16
-        logger.info("the block pool holds %d tokens; at 16 bits the same memory would hold %d", tokens, bf16)
+        logger.info("%s", what_fits(num_blocks, runtime.layout))
         return info
 
 

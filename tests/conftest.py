@@ -180,7 +180,7 @@ async def _serve_workers(
 ) -> AsyncIterator[Workers]:
     prefill = WorkerServer(runtime, config=PrefillConfig(), store_address=store_address)
     decode = WorkerServer(
-        runtime, config=decode_config or DecodeConfig(pool_bytes=32 * 2**20), store_address=store_address
+        runtime, config=decode_config or DecodeConfig(kv_memory=32 * 2**20), store_address=store_address
     )
     prefill_address, decode_address = await prefill.start(), await decode.start()
     async with grpc.aio.insecure_channel(decode_address) as channel:

@@ -25,7 +25,7 @@ async def test_no_composition_changes_a_token(
     num_blocks: int,
 ) -> None:
     workers = await serve_workers(
-        runtime(), None, DecodeConfig(pool_bytes=num_blocks * BLOCK_BYTES, max_num_seqs=9, max_waiting=200)
+        runtime(), None, DecodeConfig(kv_memory=num_blocks * BLOCK_BYTES, max_num_seqs=9, max_waiting=200)
     )
     inside = Inside.of(workers)
     rng = random.Random(num_blocks)

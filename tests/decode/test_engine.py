@@ -39,7 +39,7 @@ def serve_small(runtime: Callable[..., ModelRuntime], serve_workers: Any) -> Cal
     """Workers with a decode worker that has little room."""
 
     def serve(blocks: int = 64, **config: Any) -> Any:
-        return serve_workers(runtime(), None, DecodeConfig(pool_bytes=blocks * BLOCK_BYTES, **config))
+        return serve_workers(runtime(), None, DecodeConfig(kv_memory=blocks * BLOCK_BYTES, **config))
 
     return serve
 

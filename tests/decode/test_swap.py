@@ -26,7 +26,7 @@ Serve = Callable[..., Any]
 @pytest.fixture
 def serve_small(runtime: Callable[..., ModelRuntime], serve_workers: Any) -> Serve:
     def serve(blocks: int, **config: Any) -> Any:
-        return serve_workers(runtime(), None, DecodeConfig(pool_bytes=blocks * BLOCK_BYTES, **config))
+        return serve_workers(runtime(), None, DecodeConfig(kv_memory=blocks * BLOCK_BYTES, **config))
 
     return serve
 

@@ -121,6 +121,10 @@ def test_the_file_does_not_stick(write: Any) -> None:
 def test_sizes_are_read_from_every_source(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings.load(write("a.yaml", "store: {memory: 5000}")).store.memory == 5000
     assert Settings.load(decode={"kv_memory": "2KiB"}).decode.kv_memory == 2048
+    assert Settings.load(decode={"kv_memory": "80%"}).decode.kv_memory == 0.8
+    for wrong in ("0%", "101%", "x%", 0.5, 0, -3):
+        with pytest.raises(ValidationError, match="kv_memory"):
+            Settings.load(decode={"kv_memory": wrong})
     monkeypatch.setenv("KVFERRY_GATEWAY__MAX_PROMPT_BYTES", "1.5KB")
     assert Settings.load().gateway.max_prompt_bytes == 1500
 
