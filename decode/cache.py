@@ -1,6 +1,9 @@
-"""The decode worker's KV memory: packed blocks, and an fp16 tail and sinks for each running sequence."""
+"""The decode worker's KV memory: packed blocks, and for each running sequence an fp16 tail, sinks and rings."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,10 +12,27 @@ from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.packed import DecodeBatch, PackedKernels
 
 
+class StepBatch:
+    """One decode step's batch: layers that see everything, and layers that see a window of it."""
+
+    def __init__(self, whole: DecodeBatch, windowed: DecodeBatch | None) -> None:
+        self.whole = whole
+        self._windowed = windowed
+
+    def of_layer(self, layer: int) -> DecodeBatch:
+        """The caches of one layer as the kernels take them."""
+        windowed = self._windowed
+        if windowed is not None and windowed.layout.layers[layer].head_bytes:
+            return windowed
+        return self.whole
+
+
 class PackedCache:
     """Tensors only; who owns which block or slot is decided by `BlockPool` and the engine.
 
-    pool: uint8 [num_blocks, block_bytes]
+    pool: uint8 [num_blocks, block_bytes of the layers that see everything]
+    rings: uint8 [slot, ring block, block_bytes of the layers with a window]: block i of a sequence is ring block
+        i mod ring_blocks, so that what no query sees any more is overwritten
     sinks: fp16 [slot, layer, kv_head, K|V, sink_tokens, D]
     tails: fp16 [slot, layer, K|V, kv_head, block_size, D]
     """
@@ -25,21 +45,40 @@ class PackedCache:
         num_slots: int,
         kernels: PackedKernels,
         device: torch.device,
+        windows: Sequence[int | None] | None = None,
     ) -> None:
+        """`windows`: of each layer, in tokens; None: all see everything."""
         self.layout = layout
         self.device = device
         self._kernels = kernels
         self._sinks_of_block: dict[int, Tensor] = {}
-        self.pool = torch.empty((num_blocks, layout.block_bytes), dtype=torch.uint8, device=device)
+        self.rings_layout, self.pool_layout, self.ring_blocks = split_layers(layout, windows)
+        self.pool = torch.empty((num_blocks, self.pool_layout.block_bytes), dtype=torch.uint8, device=device)
+        ring_shape = (num_slots, self.ring_blocks, self.rings_layout.block_bytes)
+        self.rings = torch.empty(ring_shape, dtype=torch.uint8, device=device)
         self.sinks = torch.zeros((num_slots, *layout.sink_shape), dtype=torch.float16, device=device)
         self.tails = torch.zeros((num_slots, *layout.tail_shape), dtype=torch.float16, device=device)
 
-    def load_block(self, block_id: int, payload: Tensor, block_index: int) -> None:
-        """Copies a stored payload (uint8) into the pool. Raises ValueError for a wrong size."""
+    def load_block(self, block_id: int, payload: Tensor, block_index: int) -> Tensor:
+        """Copies a stored payload (uint8) into the pool; returns the whole block, for `load_ring`.
+
+        Raises ValueError for a wrong size.
+        """
         block, sinks = self.layout.split_payload(payload, block_index)
-        self.pool[block_id].copy_(block)
+        self.pool[block_id].copy_(self.layout.share(block, self.pool_layout))
         if sinks is not None:
             self.keep_sinks(block_id, sinks)
+        return block
+
+    def in_ring(self, block_index: int, num_blocks: int) -> bool:
+        """Whether a sequence of `num_blocks` complete blocks still needs this one in its ring."""
+        return block_index >= num_blocks - self.ring_blocks
+
+    def load_ring(self, slot: int, block: Tensor, block_index: int) -> None:
+        """Copies what layers with a window need of a whole block (uint8) into a sequence's ring."""
+        if self.ring_blocks:
+            ring = self.rings[slot, block_index % self.ring_blocks]
+            ring.copy_(self.layout.share(block, self.rings_layout))
 
     def sinks_of(self, block_id: int) -> Tensor:
         """The sinks that came with a first block."""
@@ -58,8 +97,9 @@ class PackedCache:
         self.sinks[slot].copy_(self._sinks_of_block[block_id])
 
     def copy_slot(self, source: int, target: int, *, tail_len: int) -> None:
-        """Gives a sequence the sinks and the tail of another one of the same request."""
+        """Gives a sequence the sinks, rings and tail of another one of the same request."""
         self.sinks[target].copy_(self.sinks[source])
+        self.rings[target].copy_(self.rings[source])
         self.tails[target, :, :, :, :tail_len].copy_(self.tails[source, :, :, :, :tail_len])
 
     def load_tail(self, slot: int, tail: bytes) -> int:
@@ -76,16 +116,20 @@ class PackedCache:
             self.tails[slot, :, :, :, :tokens].copy_(values.view(layers, two, heads, tokens, dim))
         return tokens
 
-    def pack_tail(self, slot: int, block_id: int, *, first: bool) -> None:
-        """Quantizes a full tail into `block_id`; for the first block of a sequence also keeps the sinks.
+    def pack_tail(self, slot: int, block_id: int, *, index: int) -> None:
+        """Quantizes a full tail into `block_id` as the sequence's block `index`; with the first also keeps the sinks.
 
         Raises ValueError when K or V is not finite.
         """
-        sink_tokens = self.layout.spec.sink_tokens if first else 0
-        block = self.pool[block_id]
-        for index, layer in enumerate(self.layout.layers):
-            keys, values = self.tails[slot, index]
-            out = self.layout.layer_pages(block, index)
+        sink_tokens = self.layout.spec.sink_tokens if index == 0 else 0
+        whole = self.pool[block_id]
+        ring = self.rings[slot, index % self.ring_blocks] if self.ring_blocks else None
+        for i, layer in enumerate(self.layout.layers):
+            keys, values = self.tails[slot, i]
+            if ring is not None and self.rings_layout.layers[i].head_bytes:
+                out = self.rings_layout.layer_pages(ring, i)
+            else:
+                out = self.pool_layout.layer_pages(whole, i)
             self._kernels.quantize_block(keys, values, layer.page, sink_tokens=sink_tokens, out=out)
         if sink_tokens:
             self.sinks[slot].copy_(
@@ -98,7 +142,7 @@ class PackedCache:
         block_tables: list[list[int]],
         slots: list[int],
         tail_lens: list[int],
-    ) -> DecodeBatch:
+    ) -> StepBatch:
         """The batch as the kernels take it; rows of `block_tables` may differ in length."""
         width = max(1, *(len(row) for row in block_tables))
         table = torch.zeros((len(slots), width), dtype=torch.int32)
@@ -108,8 +152,8 @@ class PackedCache:
         def ints(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32).to(self.device)
 
-        return DecodeBatch(
-            layout=self.layout,
+        whole = DecodeBatch(
+            layout=self.pool_layout,
             pool=self.pool,
             sinks=self.sinks,
             tails=self.tails,
@@ -118,3 +162,27 @@ class PackedCache:
             slots=ints(slots),
             tail_lens=ints(tail_lens),
         )
+        if not self.ring_blocks:
+            return StepBatch(whole, None)
+        # Entries of blocks outside the window name blocks of the window; no query reads them there.
+        places = torch.arange(width, dtype=torch.int32, device=self.device) % self.ring_blocks
+        rings = self.rings.view(-1, self.rings_layout.block_bytes)
+        table = (whole.slots.view(-1, 1) * self.ring_blocks + places).contiguous()
+        return StepBatch(whole, replace(whole, layout=self.rings_layout, pool=rings, block_tables=table))
+
+
+def split_layers(layout: BlockLayout, windows: Sequence[int | None] | None) -> tuple[BlockLayout, BlockLayout, int]:
+    """Layouts of the layers with a window and of the others, and the blocks of a ring.
+
+    With n complete blocks a query sees none before block n - ceil((window - 1) / block_size).
+    Raises ValueError for another number of windows than layers.
+    """
+    sizes = list(windows) if windows is not None else [None] * layout.num_layers
+    if len(sizes) != layout.num_layers:
+        raise ValueError(f"{len(sizes)} windows for {layout.num_layers} layers")
+    widest = max((size for size in sizes if size is not None), default=0)
+    windowed = [layer for layer, size in enumerate(sizes) if size is not None]
+    if not windowed:
+        return layout.holding(()), layout, 0
+    others = [layer for layer, size in enumerate(sizes) if size is None]
+    return layout.holding(windowed), layout.holding(others), -(-widest // layout.block_size)

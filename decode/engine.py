@@ -111,9 +111,8 @@ class DecodeEngine:
         if sequence.num_blocks == len(sequence.block_ids):
             return False
         try:
-            self._cache.pack_tail(
-                sequence.slot, sequence.block_ids[sequence.num_blocks], first=sequence.num_blocks == 0
-            )
+            index = sequence.num_blocks
+            self._cache.pack_tail(sequence.slot, sequence.block_ids[index], index=index)
         except Exception as error:  # one sequence's failure must not end the batch
             self._fail(sequence, error)
             return False

@@ -42,11 +42,11 @@ class _Incoming:
 
 
 class BlockFetcher:
-    """Loads the complete blocks of one prompt into the pool.
+    """Loads the complete blocks of one prompt into the pool, and what layers with a window need of them into a ring.
 
-    `missing` are the indices that the pool does not hold yet. `announce` is called as prefill finishes blocks; those
-    that the store does not give are asked for with `ask_prefill` and come in through `receive`. `loaded` is called
-    with each index once its block is in the pool.
+    `missing` are the indices to load; those of them that are `present` are in the pool already, and only the ring in
+    `slot` lacks them. `announce` is called as prefill finishes blocks; those that the store does not give are asked for
+    with `ask_prefill` and come in through `receive`. `loaded` is called with each index once it is loaded.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class BlockFetcher:
         namespace: bytes,
         block_ids: list[int],
         missing: set[int],
+        present: frozenset[int],
+        slot: int,
         cache: PackedCache,
         store: StoreClient | None,
         ask_prefill: Callable[[list[int]], Awaitable[None]],
@@ -66,6 +68,8 @@ class BlockFetcher:
         self._namespace = namespace
         self._block_ids = block_ids
         self._missing = missing
+        self._present = present
+        self._slot = slot
         self._cache = cache
         self._store = store
         self._ask_prefill = ask_prefill
@@ -152,7 +156,12 @@ class BlockFetcher:
         if header.block_index != index or header.num_tokens != self._cache.layout.block_size:
             raise ValueError(f"the record says block {header.block_index}, not {index}")
         payload = torch.from_numpy(np.frombuffer(record.payload, np.uint8).copy())
-        self._cache.load_block(self._block_ids[index], payload, index)
+        if index in self._present:  # others read it: only the ring lacks it
+            block, _ = self._cache.layout.split_payload(payload, index)
+        else:
+            block = self._cache.load_block(self._block_ids[index], payload, index)
+        if self._cache.in_ring(index, len(self._keys)):
+            self._cache.load_ring(self._slot, block, index)
         self._missing.discard(index)
         self._loaded(index)
         if not self._missing:

@@ -23,11 +23,12 @@ class SwappedOut:
     own_blocks: list[Tensor]
     """One for each sequence: uint8 [block, block_bytes], what decode filled."""
     sinks: list[Tensor]
+    rings: list[Tensor]
     tails: list[Tensor]
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.nbytes for t in (self.prompt_blocks, *self.own_blocks, *self.sinks, *self.tails))
+        return sum(t.nbytes for t in (self.prompt_blocks, *self.own_blocks, *self.sinks, *self.rings, *self.tails))
 
 
 def swap_out(cache: PackedCache, sequences: SequenceOf[Sequence], *, num_prompt_blocks: int) -> SwappedOut:
@@ -38,6 +39,7 @@ def swap_out(cache: PackedCache, sequences: SequenceOf[Sequence], *, num_prompt_
         prompt_sinks=cache.sinks_of(prompt[0]) if prompt else None,
         own_blocks=[_blocks(cache, s.block_ids[num_prompt_blocks : s.num_blocks]) for s in sequences],
         sinks=[cache.sinks[s.slot].to("cpu", copy=True) for s in sequences],
+        rings=[cache.rings[s.slot].to("cpu", copy=True) for s in sequences],
         tails=[cache.tails[s.slot, :, :, :, : s.tail_len].to("cpu", copy=True) for s in sequences],
     )
 
@@ -59,11 +61,13 @@ def swap_in(
             cache.pool[block_id].copy_(saved.prompt_blocks[index])
             if index == 0 and saved.prompt_sinks is not None:
                 cache.keep_sinks(block_id, saved.prompt_sinks)
-    for s, blocks, sinks, tail in zip(sequences, saved.own_blocks, saved.sinks, saved.tails, strict=True):
+    of_sequences = zip(sequences, saved.own_blocks, saved.sinks, saved.rings, saved.tails, strict=True)
+    for s, blocks, sinks, ring, tail in of_sequences:
         own = s.block_ids[num_prompt_blocks : s.num_blocks]
         for block_id, block in zip(own, blocks, strict=True):
             cache.pool[block_id].copy_(block)
         cache.sinks[s.slot].copy_(sinks)
+        cache.rings[s.slot].copy_(ring)
         cache.tails[s.slot, :, :, :, : s.tail_len].copy_(tail)
 
 

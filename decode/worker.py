@@ -168,11 +168,15 @@ class DecodeWorker:
             if self._config.prefix_caching:
                 self._pool.publish(room.block_ids[index], keys[index])
 
+        in_ring = {index for index in range(len(keys)) if self._cache.in_ring(index, len(keys))}
+
         return BlockFetcher(
             keys=keys,
             namespace=namespace.digest(),
             block_ids=room.block_ids,
-            missing=set(range(len(keys))) - room.shared,
+            missing=set(range(len(keys))) - room.shared | in_ring,
+            present=room.shared,
+            slot=room.slots[0],
             cache=self._cache,
             store=self._store,
             ask_prefill=stream.ask,

@@ -15,7 +15,8 @@ from kvferry.decode.config import DecodeConfig
 from kvferry.decode.engine import DecodeEngine
 from kvferry.decode.server import DecodeServicer
 from kvferry.decode.worker import DecodeWorker
-from kvferry.deploy.kv_memory import pool_blocks, what_fits
+from kvferry.deploy.kv_memory import plan_kv_memory
+from kvferry.deploy.layer_windows import layer_windows
 from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class, rows_are_invariant
 from kvferry.kernels.dispatch import Selection, select_kernels
@@ -82,6 +83,7 @@ class ModelRuntime:
         logger.log(logging.WARNING if slow else logging.INFO, "%s", self.selection.reason)
         self.engine = PrefillEngine(self.model, self.selection.kernels, self.layout, device)
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
+        self.windows = layer_windows(self.model, max_model_len=self.max_model_len, device=device)
         self.rows_invariant = rows_are_invariant(model, rotated=rotated, max_rows=INVARIANT_ROWS)
         """Whether decode may pad a batch to any of its usual row counts without changing a bit."""
         self.identity = self._identity()
@@ -198,13 +200,21 @@ class WorkerServer:
 
     def _add_decode(self, server: grpc.aio.Server, config: DecodeConfig) -> worker_pb2.WorkerInfo:
         runtime = self._runtime
-        num_blocks = pool_blocks(config.kv_memory, runtime.layout, runtime.loaded.device)
+        plan = plan_kv_memory(
+            config.kv_memory,
+            runtime.layout,
+            runtime.loaded.device,
+            windows=runtime.windows,
+            num_slots=config.max_num_seqs,
+            max_model_len=runtime.max_model_len,
+        )
         cache = PackedCache(
             runtime.layout,
-            num_blocks=num_blocks,
+            num_blocks=plan.num_blocks,
             num_slots=config.max_num_seqs,
             kernels=runtime.selection.kernels,
             device=runtime.loaded.device,
+            windows=runtime.windows,
         )
         rows = config.max_num_seqs
         if runtime.rows_invariant and rows <= INVARIANT_ROWS:
@@ -217,11 +227,11 @@ class WorkerServer:
 
         engine = DecodeEngine(runtime.model, runtime.selection.kernels, cache, pad_rows=pad_rows)
         self.decode_worker = worker = DecodeWorker(engine=engine, cache=cache, store=self._store, config=config)
-        info = runtime.info(role="decode", pool_blocks=num_blocks)
+        info = runtime.info(role="decode", pool_blocks=plan.num_blocks)
         servicer = DecodeServicer(worker=worker, info=info, vocab_size=runtime.model.vocab_size, config=config)
         worker_pb2_grpc.add_DecodeServicer_to_server(servicer, server)
         self._decode = (engine, servicer)
-        logger.info("%s", what_fits(num_blocks, runtime.layout))
+        logger.info("%s", plan)
         return info
 
 

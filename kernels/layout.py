@@ -9,7 +9,8 @@ fp16: K [sink_tokens][D], then V [sink_tokens][D]. In its first page the sinks' 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,8 @@ class BlockLayout:
     num_kv_heads: int
     head_dim: int
     spec: KVQuantSpec
+    held: frozenset[int] | None = None
+    """Layers whose pages a pool of this layout holds; None: all, as blocks that are stored and moved do."""
 
     def __post_init__(self) -> None:
         PageFormat(self.head_dim, self.spec.layer)  # refuses a head_dim
@@ -56,7 +59,8 @@ class BlockLayout:
         offset = 0
         for index in range(self.num_layers):
             page = PageFormat(self.head_dim, self.spec.of_layer(index))
-            head_bytes = page.num_bytes * (self.block_size // page.tokens)
+            is_held = self.held is None or index in self.held
+            head_bytes = page.num_bytes * (self.block_size // page.tokens) if is_held else 0
             layers.append(LayerLayout(page, offset, head_bytes))
             offset += self.num_kv_heads * head_bytes
         return tuple(layers)
@@ -72,6 +76,18 @@ class BlockLayout:
         page, offset, head_bytes = self.layers[layer]
         share = pool[..., offset : offset + self.num_kv_heads * head_bytes]
         return torch.unflatten(share, -1, (self.num_kv_heads, self.block_size // page.tokens, page.num_bytes))
+
+    def holding(self, layers: Iterable[int]) -> BlockLayout:
+        """The layout of a pool for some layers only."""
+        return replace(self, held=frozenset(layers))
+
+    def share(self, block: Tensor, held: BlockLayout) -> Tensor:
+        """Of a block of this layout, what a pool of the layout `held` holds: uint8 [held.block_bytes]."""
+        if held.block_bytes == self.block_bytes:
+            return block
+        sizes = [self.num_kv_heads * layer.head_bytes for layer in self.layers]
+        parts = torch.split(block, sizes)
+        return torch.cat([block[:0], *(p for p, layer in zip(parts, held.layers, strict=True) if layer.head_bytes)])
 
     @property
     def sink_shape(self) -> tuple[int, int, int, int, int]:

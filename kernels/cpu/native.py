@@ -6,6 +6,7 @@ import ctypes
 import functools
 import platform
 import weakref
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -185,7 +186,7 @@ class NativeKernels:
         self._quantize = library.kvferry_quantize
         self._decode = library.kvferry_decode
         self._chunk = library.kvferry_chunk
-        self._last_batch: tuple[weakref.ref[DecodeBatch], torch.Size, bytes] | None = None
+        self._last_batches: deque[tuple[weakref.ref[DecodeBatch], torch.Size, bytes]] = deque(maxlen=2)
         for function in (self._quantize, self._decode, self._chunk):
             function.argtypes = (ctypes.c_void_p,)
             function.restype = ctypes.c_int
@@ -248,12 +249,12 @@ class NativeKernels:
     def _decode_args(self, query: Tensor, batch: DecodeBatch) -> _DecodeArgs:
         """Fresh arguments, without what changes from layer to layer.
 
-        A model passes one batch to all its layers, and checking it takes longer than a short context's attention
-        (about 10 us), so the last batch's arguments are kept.
+        A model passes one batch to all its layers, or one to those with a window and one to the others, and checking
+        it takes longer than a short context's attention (about 10 us), so the arguments of two batches are kept.
         """
-        last = self._last_batch
-        if last is not None and last[0]() is batch and last[1] == query.shape:
-            return _DecodeArgs.from_buffer_copy(last[2])
+        for known, shape, raw in self._last_batches:
+            if known() is batch and shape == query.shape:
+                return _DecodeArgs.from_buffer_copy(raw)
         size, query_heads, head_dim = query.shape
         pool, sinks, tails, tables = batch.pool, batch.sinks, batch.tails, batch.block_tables
         layout = batch.layout
@@ -289,7 +290,7 @@ class NativeKernels:
             block_size=block_size,
             terms=self._terms,
         )
-        self._last_batch = weakref.ref(batch), query.shape, bytes(args)
+        self._last_batches.append((weakref.ref(batch), query.shape, bytes(args)))
         return args
 
     def chunk_attention(

@@ -266,11 +266,11 @@ async def test_a_block_that_is_not_finite_ends_one_request(
     cache = Inside.of(workers).cache
     pack, poisoned = cache.pack_tail, []
 
-    def pack_poisoned(slot: int, block_id: int, *, first: bool) -> None:
+    def pack_poisoned(slot: int, block_id: int, *, index: int) -> None:
         if not poisoned:
             poisoned.append(slot)
             cache.tails[slot, -1, 1, 0, 7, 3] = torch.nan  # one V of the last layer
-        pack(slot, block_id, first=first)
+        pack(slot, block_id, index=index)
 
     monkeypatch.setattr(cache, "pack_tail", pack_poisoned)
     error = await assert_one_fails(workers, prompts, expected)
