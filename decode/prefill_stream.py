@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Protocol
 
 import grpc
 
@@ -17,6 +18,33 @@ class PrefillFailed(Exception):
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class PrefillStream(Protocol):
+    """One request's exchange with a prefill worker, wherever that is. Close it.
+
+    Every method raises PrefillFailed when the worker fails.
+    """
+
+    async def start(self) -> None:
+        """Sends the request."""
+        ...
+
+    def close(self) -> None:
+        """Ends the exchange, which releases the request's blocks on the worker. Safe to call twice."""
+        ...
+
+    async def ask(self, indices: list[int]) -> None:
+        """Asks for blocks that the store does not give."""
+        ...
+
+    async def done(self) -> None:
+        """Tells the worker that nothing more will be asked for."""
+        ...
+
+    def events(self) -> AsyncIterator[worker_pb2.PrefillEvent]:
+        """The worker's events up to the last one."""
+        ...
 
 
 class PrefillChannels:
@@ -35,8 +63,8 @@ class PrefillChannels:
             await channel.close()
 
 
-class PrefillStream:
-    """One request's stream to a prefill worker. Close it."""
+class RemotePrefillStream:
+    """`PrefillStream` over gRPC."""
 
     def __init__(
         self,
@@ -53,24 +81,19 @@ class PrefillStream:
         self._write_lock = asyncio.Lock()
 
     async def start(self) -> None:
-        """Sends the request."""
         await self._write(worker_pb2.PrefillCommand(start=self._start))
 
     def close(self) -> None:
-        """Ends the stream, which releases the request's blocks on the worker. Safe to call twice."""
         self._call.cancel()
 
     async def ask(self, indices: list[int]) -> None:
-        """Asks for blocks that the store does not give."""
         send = worker_pb2.SendBlocks(indices=indices)
         await self._write(worker_pb2.PrefillCommand(send_blocks=send))
 
     async def done(self) -> None:
-        """Tells the worker that nothing more will be asked for."""
         await self._call.done_writing()
 
     async def events(self) -> AsyncIterator[worker_pb2.PrefillEvent]:
-        """The worker's events up to the end of the stream. Raises PrefillFailed."""
         try:
             async for event in self._call:
                 yield event

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 import grpc
 
 from kvferry.decode.admission import RequestTooLarge, WorkerFull
 from kvferry.decode.config import DecodeConfig
-from kvferry.decode.prefill_stream import PrefillChannels, PrefillFailed, PrefillStream
+from kvferry.decode.prefill_stream import PrefillChannels, PrefillFailed, PrefillStream, RemotePrefillStream
 from kvferry.decode.running import DecodeFailed
 from kvferry.decode.warm import AnswerWarmer
 from kvferry.decode.worker import Answer, DecodeWorker, RequestUsage
@@ -27,12 +27,21 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
     """Checks requests, runs them on the worker and translates its answers."""
 
     def __init__(
-        self, *, worker: DecodeWorker, info: worker_pb2.WorkerInfo, vocab_size: int, config: DecodeConfig
+        self,
+        *,
+        worker: DecodeWorker,
+        info: worker_pb2.WorkerInfo,
+        vocab_size: int,
+        config: DecodeConfig,
+        local_prefill: Callable[[worker_pb2.PrefillStart, float], PrefillStream] | None = None,
     ) -> None:
+        """`local_prefill` opens an exchange with the prefill worker in this process, for requests that name no other;
+        its second argument is the time limit in seconds."""
         self._worker = worker
         self._info = info
         self._vocab_size = vocab_size
         self._config = config
+        self._local_prefill = local_prefill
         self._channels = PrefillChannels()
         self.warmer = AnswerWarmer()
 
@@ -87,8 +96,10 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             problem = f"a token id is not below {self._vocab_size}"
         elif request.sampling.top_logprobs > MAX_TOP_LOGPROBS:
             problem = f"top_logprobs must be at most {MAX_TOP_LOGPROBS}"
-        elif not request.tenant or not request.prefill_address:
-            problem = "tenant and prefill_address must be set"
+        elif not request.tenant:
+            problem = "tenant is empty"
+        elif not request.prefill_address and self._local_prefill is None:
+            problem = "prefill_address is empty, and this worker has not the role prefill"
         if problem:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
 
@@ -130,7 +141,10 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         self, request: worker_pb2.DecodeRequest, start: worker_pb2.PrefillStart, *, timeout_s: float
     ) -> PrefillStream:
         address = request.prefill_address
-        return PrefillStream(self._channels.get(address), address, start, timeout_s=timeout_s)
+        if not address:
+            assert self._local_prefill is not None  # `_check`
+            return self._local_prefill(start, timeout_s)
+        return RemotePrefillStream(self._channels.get(address), address, start, timeout_s=timeout_s)
 
 
 def answer_to_pb(answer: Answer) -> worker_pb2.TokenChunk:

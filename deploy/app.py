@@ -73,16 +73,21 @@ class StoreActor:
 
 
 class WorkerActor:
-    """A prefill or decode worker: `config` decides which."""
+    """A prefill or decode worker: `config` decides which. With `own_prefill`, a decode worker with both roles."""
 
     async def start(
-        self, model: ModelConfig, config: PrefillConfig | DecodeConfig, store_address: str, threads: int
+        self,
+        model: ModelConfig,
+        config: PrefillConfig | DecodeConfig,
+        store_address: str,
+        threads: int,
+        own_prefill: PrefillConfig | None,
     ) -> str:
         _log_to_stderr()
         tune_malloc()
         torch.set_num_threads(threads)
         self._runtime = await asyncio.to_thread(ModelRuntime, model)
-        self._server = WorkerServer(self._runtime, config=config, store_address=store_address)
+        self._server = WorkerServer(self._runtime, config=config, store_address=store_address, own_prefill=own_prefill)
         return await self._server.start()
 
     async def stop(self) -> None:
@@ -220,6 +225,7 @@ class Deployment:
             )
             for i in range(settings.prefill.count)
         ]
+        own_prefill = None if prefill_configs else PrefillConfig(max_requests=settings.prefill.max_requests)
         decode_configs = [
             DecodeConfig(
                 host=settings.decode.host,
@@ -232,7 +238,7 @@ class Deployment:
             for i in range(settings.decode.count)
         ]
         pending = {
-            name: self._begin(name, WorkerActor, model, config, self.store_address, threads, num_gpus=gpus)
+            name: self._begin(name, WorkerActor, model, config, self.store_address, threads, own_prefill, num_gpus=gpus)
             for name, config in (
                 *((f"prefill-{i}", c) for i, c in enumerate(prefill_configs)),
                 *((f"decode-{i}", c) for i, c in enumerate(decode_configs)),

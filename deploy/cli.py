@@ -58,6 +58,9 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     preset: PresetOption = None,
     threads: Annotated[int | None, typer.Option(min=0, help="Threads of each CPU worker; 0: one a core.")] = None,
+    both_roles: Annotated[
+        bool, typer.Option("--both-roles", help="Decode workers prefill by themselves: one copy of the model.")
+    ] = False,
 ) -> None:
     """Start store, prefill worker, decode worker and gateway on this machine; Ctrl-C stops them."""
     from kvferry.deploy.app import Deployment
@@ -69,6 +72,7 @@ def serve(
         preset=preset,
         threads=threads,
         gateway={"host": host, "port": port},
+        prefill={"count": 0 if both_roles else None},
         decode={"kv_memory": kv_memory},
         store={"memory": store_memory, "redis": redis},
     )

@@ -58,7 +58,8 @@ class PrefillSettings(_Section):
     host: str = "127.0.0.1"
     port: Port = 7610
     """The first worker's; the next ones count up. 0: any free ports."""
-    count: int = Field(1, ge=1, le=64)
+    count: int = Field(1, ge=0, le=64)
+    """0: the decode workers prefill by themselves, in the same process."""
     max_requests: int = Field(64, gt=0)
 
 

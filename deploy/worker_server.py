@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from kvferry.decode.server import DecodeServicer
 from kvferry.decode.worker import DecodeWorker
 from kvferry.deploy.kv_memory import plan_kv_memory
 from kvferry.deploy.layer_windows import layer_windows
+from kvferry.deploy.local_prefill import LocalPrefillStream
 from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class, rows_are_invariant
 from kvferry.kernels.dispatch import Selection, select_kernels
@@ -106,11 +108,11 @@ class ModelRuntime:
             ),
         )
 
-    def info(self, *, role: str, pool_blocks: int = 0) -> worker_pb2.WorkerInfo:
+    def info(self, *, roles: list[str], pool_blocks: int = 0) -> worker_pb2.WorkerInfo:
         return worker_pb2.WorkerInfo(
             model_name=self._served_name,
             model_path=self.loaded.source.path,
-            roles=[role],
+            roles=roles,
             identity=self.identity,
             block_size=self.layout.block_size,
             block_bytes=self.layout.block_bytes,
@@ -134,13 +136,20 @@ class _Describe(worker_pb2_grpc.WorkerServicer):
 
 
 class WorkerServer:
-    """Serves one role until `stop`. Built off the event loop (loading takes seconds), started on it."""
+    """Serves one role, or both, until `stop`. Built off the event loop (loading takes seconds), started on it."""
 
     def __init__(
-        self, runtime: ModelRuntime, *, config: PrefillConfig | DecodeConfig, store_address: str | None
+        self,
+        runtime: ModelRuntime,
+        *,
+        config: PrefillConfig | DecodeConfig,
+        store_address: str | None,
+        own_prefill: PrefillConfig | None = None,
     ) -> None:
+        """`own_prefill`: a decode worker has the role prefill, too, and hands over in memory."""
         self._runtime = runtime
         self._config = config
+        self._own_prefill = own_prefill
         self._store_address = store_address
         self._store: StoreClient | None = None
         self._server: grpc.aio.Server | None = None
@@ -163,7 +172,8 @@ class WorkerServer:
             self._store = StoreClient(ClientConfig(address=self._store_address))
         server = grpc.aio.server(options=server_options())
         if isinstance(self._config, PrefillConfig):
-            info = self._add_prefill(server, self._config)
+            info = self._runtime.info(roles=["prefill"])
+            self._add_prefill(server, self._config, info)
         else:
             info = self._add_decode(server, self._config)
         worker_pb2_grpc.add_WorkerServicer_to_server(_Describe(info), server)
@@ -190,13 +200,11 @@ class WorkerServer:
         if self._store is not None:
             await self._store.close()
 
-    def _add_prefill(self, server: grpc.aio.Server, config: PrefillConfig) -> worker_pb2.WorkerInfo:
-        info = self._runtime.info(role="prefill")
+    def _add_prefill(self, server: grpc.aio.Server, config: PrefillConfig, info: worker_pb2.WorkerInfo) -> None:
         self.prefill_servicer = servicer = PrefillServicer(
             engine=self._runtime.engine, store=self._store, info=info, config=config
         )
         worker_pb2_grpc.add_PrefillServicer_to_server(servicer, server)
-        return info
 
     def _add_decode(self, server: grpc.aio.Server, config: DecodeConfig) -> worker_pb2.WorkerInfo:
         runtime = self._runtime
@@ -227,8 +235,20 @@ class WorkerServer:
 
         engine = DecodeEngine(runtime.model, runtime.selection.kernels, cache, pad_rows=pad_rows)
         self.decode_worker = worker = DecodeWorker(engine=engine, cache=cache, store=self._store, config=config)
-        info = runtime.info(role="decode", pool_blocks=plan.num_blocks)
-        servicer = DecodeServicer(worker=worker, info=info, vocab_size=runtime.model.vocab_size, config=config)
+        roles = ["decode"] if self._own_prefill is None else ["prefill", "decode"]
+        info = runtime.info(roles=roles, pool_blocks=plan.num_blocks)
+        local_prefill = None
+        if self._own_prefill is not None:
+            self._add_prefill(server, self._own_prefill, info)
+            assert self.prefill_servicer is not None
+            local_prefill = functools.partial(LocalPrefillStream, self.prefill_servicer)
+        servicer = DecodeServicer(
+            worker=worker,
+            info=info,
+            vocab_size=runtime.model.vocab_size,
+            config=config,
+            local_prefill=local_prefill,
+        )
         worker_pb2_grpc.add_DecodeServicer_to_server(servicer, server)
         self._decode = (engine, servicer)
         logger.info("%s", plan)
