@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import grpc
 
@@ -72,7 +73,7 @@ class Measured:
 
     @property
     def itls_s(self) -> list[float]:
-        return [after - before for before, after in zip(self.arrivals_s, self.arrivals_s[1:], strict=False)]
+        return [after - before for before, after in pairwise(self.arrivals_s)]
 
 
 class _BrokenAnswer(Exception):

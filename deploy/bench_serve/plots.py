@@ -26,7 +26,9 @@ def _latencies(folder: Path, requests: Sequence[Measured], slo: Slo, title: str)
         ("E2E", [r.e2e_s for r in done], slo.e2el),
     )
     figure = Figure(figsize=(12, 3.2), layout="constrained")
-    for axes, (name, seconds, target) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    row = figure.subplots(1, len(panels))
+    row[0].set_ylabel("share")
+    for axes, (name, seconds, target) in zip(row, panels, strict=True):
         values = sorted(1000 * x for x in seconds)
         axes.step(values, [(i + 1) / len(values) for i in range(len(values))], where="post")
         if target is not None:

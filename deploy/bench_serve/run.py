@@ -32,7 +32,8 @@ async def run(
 ) -> Run:
     """Sends each request at its time, but never lets more than `max_concurrency` run. Ends when the last has ended.
 
-    `due_s` None: each as soon as there is a place. Messages are made before the clock starts. A request's own times begin when it is sent, not when it is due.
+    `due_s` None: each as soon as there is a place. Messages are made before the clock starts. A request's own times
+    begin when it is sent, not when it is due.
     """
     messages = [to_message(request, model=model) for request in requests]
     places = asyncio.Semaphore(max_concurrency) if max_concurrency else None

@@ -227,7 +227,7 @@ async def test_the_client_needs_no_torch(served: tuple[TokenServicer, str]) -> N
 
 async def test_mixed_against_a_real_gateway(lab: Any, tmp_path: Path) -> None:
     """Every outcome as it was meant, counted by status; the worker holds what is to be cancelled or late."""
-    worker = await lab.worker([5, 5, 0.3, 5, 5, 5, lab.end(5, reason="length")])
+    worker = await lab.worker([5, 5, 1.0, 5, 5, 5, lab.end(5, reason="length")])
     gateway = await lab.gateway([worker])
     path = tmp_path / "out.json"
     done = await bench_serve(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -54,7 +55,7 @@ class TestSpread:
         assert values is not None
         slack = 1e-9 * (1 + 1000 * max(seconds))
         rising = [1000 * min(seconds), values.p50, values.p90, values.p99, 1000 * max(seconds)]
-        assert all(low <= high + slack for low, high in zip(rising, rising[1:], strict=False))
+        assert all(low <= high + slack for low, high in pairwise(rising))
         assert values.p50 == pytest.approx(1000 * statistics.median(seconds), rel=1e-6, abs=1e-6)
 
     def test_nothing(self) -> None:

@@ -62,11 +62,11 @@ async def test_every_token_has_a_time(bench: Bench) -> None:
         assert request.tpot_s == pytest.approx(sum(request.itls_s) / 8)
         assert request.usage is not None and request.usage.prompt_tokens == 16
         assert request.sent_s + request.ended_s <= result.duration_s
-    assert 0 < result.cpu_s
+    assert result.cpu_s > 0
 
 
 async def test_what_is_sent(bench: Bench) -> None:
-    await bench.run(prompts(3))
+    await bench.run(prompts(3), max_concurrency=1)
     for sent, planned in zip(bench.servicer.requests, prompts(3), strict=True):
         assert list(sent.token_ids.ids) == planned.token_ids.tolist()
         assert (sent.model, sent.sampling.max_tokens, sent.sampling.ignore_eos) == ("nothing", 4, True)

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import numpy as np
@@ -197,7 +197,12 @@ class TestTrace:
 
 
 class TestMixed:
-    OPTIONS: dict[str, Any] = {"input_len": 20, "long_input_len": 90, "output_len": 6, "short_deadline_s": 0.01}
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "input_len": 20,
+        "long_input_len": 90,
+        "output_len": 6,
+        "short_deadline_s": 0.01,
+    }
     MIX = Mix(long=0.2, cancelled=0.15, too_short_deadline=0.1, bad=0.25)
 
     def test_counts_are_the_shares_and_the_order_is_the_seeds(self) -> None:
