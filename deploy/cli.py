@@ -31,7 +31,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-bench = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure: parts against a baseline in the same run, or a whole deployment.", no_args_is_help=True
+)
 app.add_typer(bench, name="bench")
 bench.command("serve")(bench_serve_command)
 app.command("eval")(eval_command)

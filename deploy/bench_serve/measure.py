@@ -1,7 +1,8 @@
 """One request: sent, read to its end, and timed token by token.
 
-Uses the stub and not `AsyncClient`, because a benchmark needs the gRPC status of every outcome, and nothing between a
-token's arrival and its time.
+Uses the stub and not `AsyncClient`, because a benchmark needs the gRPC status of every outcome, and little between a
+token's arrival and its time: reading a token costs 37 us of processor time in gRPC alone, 40 here and 45 in
+`AsyncClient` (docs/benchmarks.md).
 """
 
 from __future__ import annotations
