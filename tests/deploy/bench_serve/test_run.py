@@ -158,6 +158,11 @@ def after_the_end(chunks: Chunks) -> Chunks:
     return [*chunks, inference_pb2.GenerateChunk(index=len(chunks), token_ids=[7])]
 
 
+def ended_twice(chunks: Chunks) -> Chunks:
+    again = inference_pb2.GenerateChunk(index=len(chunks), token_ids=[7], finish_reason="length")
+    return [*chunks, again]
+
+
 def without_usage(chunks: Chunks) -> Chunks:
     chunks[-1].ClearField("usage")
     return chunks
@@ -170,7 +175,17 @@ def without_tokens(chunks: Chunks) -> Chunks:
 
 
 @pytest.mark.parametrize(
-    "spoil", [without_end, with_a_gap, with_a_repeat, after_the_end, without_usage, without_tokens, lambda chunks: []]
+    "spoil",
+    [
+        without_end,
+        with_a_gap,
+        with_a_repeat,
+        after_the_end,
+        ended_twice,
+        without_usage,
+        without_tokens,
+        lambda chunks: [],
+    ],
 )
 async def test_a_broken_answer_is_no_success(bench: Bench, spoil: Any) -> None:
     bench.servicer.spoil = spoil  # type: ignore[method-assign]

@@ -127,6 +127,15 @@ class TestTrace:
         assert long[:75] == short
         assert [request.max_tokens for request in workload.requests] == [2, 1]
 
+    @pytest.mark.parametrize("block_tokens", [64, 512])
+    def test_what_ids_do_not_cover_is_the_requests_own(self, tmp_path: Path, block_tokens: int) -> None:
+        path = write(tmp_path / "t.jsonl", *[ROW | {"input_length": 1300, "hash_ids": [0]}] * 2)
+        workload = replay(read_trace(path), TokenSource(seed=0), block_tokens=block_tokens, window=2000)
+        first, second = ids(list(workload.requests))
+        assert len(first) == len(second) == math.ceil(1300 * block_tokens / 512)
+        assert first[:block_tokens] == second[:block_tokens]
+        assert first[block_tokens : block_tokens + 4] != second[block_tokens : block_tokens + 4]
+
     def test_what_does_not_fit_is_counted(self, tmp_path: Path) -> None:
         path = write(tmp_path / "t.jsonl", ROW, ROW | {"input_length": 100, "hash_ids": []})
         workload = replay(read_trace(path), TokenSource(seed=0), window=108)
