@@ -7,7 +7,6 @@ heads of a KV head as its rows ("rows"), so that K and V are read once; `enable_
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import statistics
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from kvferry.deploy.plotting import require_matplotlib
 from kvferry.kernels.dispatch import select_kernels
 from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.packed import DecodeBatch, PackedKernels, PackedPrefix
@@ -209,12 +209,6 @@ def print_kernel_times(bench: KernelBench) -> None:
     )
     if machine.load_before > machine.cores / 2:
         console.print("Warning: the machine is busy with something else; its ratios are noisier, and mostly lower.")
-
-
-def require_matplotlib() -> None:
-    """Raises ValueError, which says how to install it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a plot needs matplotlib: pip install 'kvferry[bench]'")
 
 
 def plot_kernel_times(bench: KernelBench, path: Path) -> None:

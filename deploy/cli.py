@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from kvferry.deploy.bench_serve.command import bench_serve_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
@@ -30,8 +31,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-bench = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure: parts against a baseline in the same run, or a whole deployment.", no_args_is_help=True
+)
 app.add_typer(bench, name="bench")
+bench.command("serve")(bench_serve_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 
@@ -247,8 +251,8 @@ def _measured_kernels(rounds: int, plot_path: Path | None, preset: str | None) -
         bench_kernels,
         plot_kernel_times,
         print_kernel_times,
-        require_matplotlib,
     )
+    from kvferry.deploy.plotting import require_matplotlib
 
     try:
         if plot_path is not None:

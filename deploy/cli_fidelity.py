@@ -40,8 +40,8 @@ def eval_command(
     Presets run through the product: prefill, store, decode. Perplexity, KL divergence and top-1 agreement are of the
     tokens after each window's context.
     """
-    from kvferry.deploy.bench_kernels import require_matplotlib
     from kvferry.deploy.evaluation.command import EvalPlan, run_plan
+    from kvferry.deploy.plotting import require_matplotlib
 
     try:
         if plots is not None:
@@ -81,8 +81,8 @@ def calibrate_command(
 
     Deterministic. What is measured is kept beside the spec file, so that an interrupted run goes on where it stopped.
     """
-    from kvferry.deploy.bench_kernels import require_matplotlib
     from kvferry.deploy.calibration.command import CalibrationPlan, run_calibration
+    from kvferry.deploy.plotting import require_matplotlib
 
     try:
         if out.suffix != ".json":

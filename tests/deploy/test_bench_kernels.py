@@ -114,7 +114,7 @@ def test_plot(tiny: KernelBench, tmp_path: Any) -> None:
 
 
 def test_missing_matplotlib_is_said_before_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(module, "bench_kernels", lambda **_: pytest.fail("measured"))
     result = CliRunner().invoke(app, ["bench", "kernels", "--plot", str(tmp_path / "out.png")])
     assert result.exit_code == 1 and "kvferry[bench]" in result.output

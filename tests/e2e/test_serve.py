@@ -115,6 +115,22 @@ def test_serve_generate_and_stop(
     assert not left
 
 
+def test_bench_serve(
+    served: tuple[subprocess.Popen[str], str, Path], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """The whole product under load; tests/e2e/test_bench_serve.py looks at what is reported."""
+    _, address, log = served
+    result_path = tmp_path / "bench.json"
+    command = [KVFERRY, "bench", "serve", "--address", address, "--json", str(result_path)]
+    command += ["--num-prompts", "8", "--input-len", "70", "--output-len", "6", "--max-concurrency", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr + log.read_text()
+    result = json.loads(result_path.read_text())
+    assert (result["completed"], result["failed"], result["wrong_length"]) == (8, 0, 0)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (8 * 70, 8 * 6)
+    assert result["kv_bytes_moved"] > 0
+
+
 def test_demo_on_the_real_model(tmp_path: Path, environment: dict[str, str]) -> None:
     """The demo's own verdict, on a real document and the real model; see README for what it shows."""
     result_path = tmp_path / "demo.json"

@@ -1,0 +1,1 @@
+"""`kvferry bench serve`: load on a running gateway, measured at the client."""
