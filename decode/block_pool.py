@@ -39,6 +39,11 @@ class BlockPool:
     def num_used(self) -> int:
         return len(self._ref_counts)
 
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody uses, kept under their keys."""
+        return len(self._evictable)
+
     def allocate(self, count: int) -> list[int]:
         """Takes `count` blocks with ref count 1, evicting the least recently used cached ones if it must.
 

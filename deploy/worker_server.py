@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -125,9 +126,15 @@ class ModelRuntime:
         )
 
 
-class _Describe(worker_pb2_grpc.WorkerServicer):
-    def __init__(self, info: worker_pb2.WorkerInfo) -> None:
+class _Worker(worker_pb2_grpc.WorkerServicer):
+    def __init__(self, info: worker_pb2.WorkerInfo, stats: Callable[[], worker_pb2.WorkerStats]) -> None:
         self._info = info
+        self._stats = stats
+
+    async def Stats(
+        self, request: worker_pb2.StatsRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> worker_pb2.WorkerStats:
+        return self._stats()
 
     async def Describe(
         self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[object, object]
@@ -176,7 +183,7 @@ class WorkerServer:
             self._add_prefill(server, self._config, info)
         else:
             info = self._add_decode(server, self._config)
-        worker_pb2_grpc.add_WorkerServicer_to_server(_Describe(info), server)
+        worker_pb2_grpc.add_WorkerServicer_to_server(_Worker(info, self.stats), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = f"{self._config.host}:{self._config.port}"
         try:
@@ -199,6 +206,30 @@ class WorkerServer:
             await asyncio.to_thread(engine.close)
         if self._store is not None:
             await self._store.close()
+
+    def stats(self) -> worker_pb2.WorkerStats:
+        """What the roles of this worker are doing now."""
+        stats = worker_pb2.WorkerStats()
+        if self.prefill_servicer is not None:
+            stats.prefill.num_requests = self.prefill_servicer.num_requests
+        if self._decode is not None and self.decode_worker is not None:
+            engine, servicer = self._decode
+            admission = self.decode_worker.admission
+            pool = admission.pool
+            stats.decode.CopyFrom(
+                worker_pb2.DecodeStats(
+                    pool_blocks=pool.num_blocks,
+                    pool_blocks_used=pool.num_used,
+                    pool_blocks_cached=pool.num_cached,
+                    num_running=engine.num_running,
+                    num_requests=admission.num_requests,
+                    num_waiting=admission.num_waiting,
+                    num_swaps=admission.num_swaps,
+                    num_answers_published=servicer.warmer.num_warmed,
+                    num_answers_not_published=servicer.warmer.num_left_out,
+                )
+            )
+        return stats
 
     def _add_prefill(self, server: grpc.aio.Server, config: PrefillConfig, info: worker_pb2.WorkerInfo) -> None:
         self.prefill_servicer = servicer = PrefillServicer(

@@ -38,6 +38,117 @@ class DescribeRequest(_message.Message):
 Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
 
 @_typing.final
+class StatsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatsRequest: _TypeAlias = StatsRequest  # noqa: Y015
+
+@_typing.final
+class WorkerStats(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECODE_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def decode(self) -> Global___DecodeStats:
+        """unset without the role"""
+
+    @_builtins.property
+    def prefill(self) -> Global___PrefillStats: ...
+    def __init__(
+        self,
+        *,
+        decode: Global___DecodeStats | None = ...,
+        prefill: Global___PrefillStats | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerStats: _TypeAlias = WorkerStats  # noqa: Y015
+
+@_typing.final
+class DecodeStats(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_BLOCKS_FIELD_NUMBER: _builtins.int
+    POOL_BLOCKS_USED_FIELD_NUMBER: _builtins.int
+    POOL_BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
+    NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    NUM_WAITING_FIELD_NUMBER: _builtins.int
+    NUM_SWAPS_FIELD_NUMBER: _builtins.int
+    NUM_ANSWERS_PUBLISHED_FIELD_NUMBER: _builtins.int
+    NUM_ANSWERS_NOT_PUBLISHED_FIELD_NUMBER: _builtins.int
+    pool_blocks: _builtins.int
+    pool_blocks_used: _builtins.int
+    """by running requests; shared ones count once"""
+    pool_blocks_cached: _builtins.int
+    """unused, kept under their keys"""
+    num_running: _builtins.int
+    """sequences in the engine"""
+    num_requests: _builtins.int
+    """that hold room or wait for it"""
+    num_waiting: _builtins.int
+    """of these, waiting: new ones, and those swapped out"""
+    num_swaps: _builtins.int
+    """since the start"""
+    num_answers_published: _builtins.int
+    num_answers_not_published: _builtins.int
+    """too many at once, or prefill refused"""
+    def __init__(
+        self,
+        *,
+        pool_blocks: _builtins.int = ...,
+        pool_blocks_used: _builtins.int = ...,
+        pool_blocks_cached: _builtins.int = ...,
+        num_running: _builtins.int = ...,
+        num_requests: _builtins.int = ...,
+        num_waiting: _builtins.int = ...,
+        num_swaps: _builtins.int = ...,
+        num_answers_published: _builtins.int = ...,
+        num_answers_not_published: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_answers_not_published", b"num_answers_not_published", "num_answers_published", b"num_answers_published", "num_requests", b"num_requests", "num_running", b"num_running", "num_swaps", b"num_swaps", "num_waiting", b"num_waiting", "pool_blocks", b"pool_blocks", "pool_blocks_cached", b"pool_blocks_cached", "pool_blocks_used", b"pool_blocks_used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodeStats: _TypeAlias = DecodeStats  # noqa: Y015
+
+@_typing.final
+class PrefillStats(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    num_requests: _builtins.int
+    """computing or publishing"""
+    def __init__(
+        self,
+        *,
+        num_requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_requests", b"num_requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillStats: _TypeAlias = PrefillStats  # noqa: Y015
+
+@_typing.final
 class ModelIdentity(_message.Message):
     """Everything that must be equal for two workers to exchange blocks. Digests are SHA-256."""
 

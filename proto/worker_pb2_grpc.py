@@ -40,6 +40,11 @@ class WorkerStub:
                 request_serializer=kvferry_dot_proto_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=kvferry_dot_proto_dot_worker__pb2.WorkerInfo.FromString,
                 _registered_method=True)
+        self.Stats = channel.unary_unary(
+                '/kvferry.worker.v1.Worker/Stats',
+                request_serializer=kvferry_dot_proto_dot_worker__pb2.StatsRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_worker__pb2.WorkerStats.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -52,6 +57,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Stats(self, request, context):
+        """What it is doing now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -59,6 +71,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=kvferry_dot_proto_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=kvferry_dot_proto_dot_worker__pb2.WorkerInfo.SerializeToString,
+            ),
+            'Stats': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stats,
+                    request_deserializer=kvferry_dot_proto_dot_worker__pb2.StatsRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_worker__pb2.WorkerStats.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -89,6 +106,33 @@ class Worker:
             '/kvferry.worker.v1.Worker/Describe',
             kvferry_dot_proto_dot_worker__pb2.DescribeRequest.SerializeToString,
             kvferry_dot_proto_dot_worker__pb2.WorkerInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.worker.v1.Worker/Stats',
+            kvferry_dot_proto_dot_worker__pb2.StatsRequest.SerializeToString,
+            kvferry_dot_proto_dot_worker__pb2.WorkerStats.FromString,
             options,
             channel_credentials,
             insecure,

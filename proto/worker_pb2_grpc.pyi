@@ -38,6 +38,8 @@ class WorkerStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkerAsyncStub: ...
     Describe: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.WorkerInfo]
+    Stats: _grpc.UnaryUnaryMultiCallable[_worker_pb2.StatsRequest, _worker_pb2.WorkerStats]
+    """What it is doing now."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -45,6 +47,8 @@ class WorkerAsyncStub(WorkerStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Describe: _aio.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.WorkerInfo]  # type: ignore[assignment]
+    Stats: _aio.UnaryUnaryMultiCallable[_worker_pb2.StatsRequest, _worker_pb2.WorkerStats]  # type: ignore[assignment]
+    """What it is doing now."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     """Every worker answers this, whatever its role."""
@@ -55,6 +59,14 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.DescribeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.WorkerInfo, _abc.Awaitable[_worker_pb2.WorkerInfo]]: ...
+
+    @_abc_1.abstractmethod
+    def Stats(
+        self,
+        request: _worker_pb2.StatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.WorkerStats, _abc.Awaitable[_worker_pb2.WorkerStats]]:
+        """What it is doing now."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

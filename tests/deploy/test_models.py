@@ -255,12 +255,12 @@ def test_the_probe_sees_a_changed_weight(load: Callable[..., ModelRuntime]) -> N
 
 def test_info_repeats_the_identity_and_the_layout(load: Callable[..., ModelRuntime]) -> None:
     runtime = load(max_model_len=100)
-    info = runtime.info(role="decode", pool_blocks=7)
+    info = runtime.info(roles=["decode"], pool_blocks=7)
     assert info.identity == runtime.identity
     assert (list(info.roles), info.pool_blocks, info.max_model_len, info.block_size) == (["decode"], 7, 100, 32)
     assert info.block_bytes == 2 * 1 * 24 * 32  # layers, heads, page of 32 tokens
     assert info.kv_bytes_per_token_bf16 == 2 * 1 * 32 * 2 * 2
-    assert load(max_model_len=10**6).info(role="prefill").max_model_len == 256
+    assert load(max_model_len=10**6).info(roles=["prefill"]).max_model_len == 256
 
 
 # --- what is found and what is refused ---------------------------------------------------------------------------

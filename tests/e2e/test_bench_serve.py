@@ -26,7 +26,7 @@ async def address(runtime: Callable[[str], ModelRuntime], serve_workers: Any, ma
     workers = await serve_workers(worker, (await make_store()).address)
     settings = Settings(
         model=worker.loaded.source.path,
-        served_model_name=worker.info(role="decode").model_name,
+        served_model_name=worker.info(roles=["decode"]).model_name,
         gateway=GatewaySettings(port=0),
     )
     gateway = await make_gateway(settings, prefill=[workers.prefill_address], decode=[workers.decode_address])

@@ -37,7 +37,7 @@ async def stack(runtime: Callable[[str], ModelRuntime], serve_workers: Any, make
     workers = await serve_workers(worker, store.address)
     settings = Settings(
         model=worker.loaded.source.path,
-        served_model_name=worker.info(role="decode").model_name,
+        served_model_name=worker.info(roles=["decode"]).model_name,
         gateway=GatewaySettings(port=0, max_prompt_bytes=100_000),
     )
     gateway = await make_gateway(settings, prefill=[workers.prefill_address], decode=[workers.decode_address])
