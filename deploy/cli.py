@@ -55,6 +55,7 @@ def serve(
     redis: Annotated[str | None, typer.Option(help="Keep blocks in this Redis: redis://host:port/db.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     preset: PresetOption = None,
+    weights: Annotated[str | None, typer.Option(help="none, or int8: linear layers at half of bf16's memory.")] = None,
     threads: Annotated[int | None, typer.Option(min=0, help="Threads of each CPU worker; 0: one a core.")] = None,
 ) -> None:
     """Start store, prefill worker, decode worker and gateway on this machine; Ctrl-C stops them."""
@@ -65,6 +66,7 @@ def serve(
         model=model,
         max_model_len=max_model_len,
         preset=preset,
+        weight_quantization=weights,
         threads=threads,
         gateway={"host": host, "port": port},
         decode={"kv_memory": kv_memory},
