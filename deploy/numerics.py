@@ -74,8 +74,8 @@ def linears_keep_rows(linears: Iterable[torch.nn.Linear | Int8Linear], *, max_ro
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for linear in linears:
-            like = linear.scales.to(linear.dtype) if isinstance(linear, Int8Linear) else linear.weight
-            rows = torch.randn(counts[-1], linear.in_features, generator=generator).to(like)
+            rows = torch.randn(counts[-1], linear.in_features, generator=generator)
+            rows = rows.to(linear.dtype) if isinstance(linear, Int8Linear) else rows.to(linear.weight)
             widest = linear(rows)
             if not all(torch.equal(linear(rows[:n].contiguous()), widest[:n]) for n in counts):
                 return False
