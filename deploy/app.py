@@ -122,6 +122,7 @@ def model_config(settings: Settings) -> ModelConfig:
         spec=resolve_spec(settings.preset, block_size=settings.block_size, sink_tokens=settings.sink_tokens),
         device=settings.device,
         dtype=settings.dtype,
+        weight_quantization=settings.weight_quantization,
         kernels=settings.kernels,
         max_model_len=settings.max_model_len,
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
+from kvferry.deploy.int8_linear import Int8Linear
 from kvferry.kernels.forward import AttentionStep
 
 ATTENTION_NAME = "kvferry_packed"
@@ -100,9 +101,9 @@ class TransformersModel:
         self.hidden_size: int = config.hidden_size
         self._logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
-    def distinct_linears(self) -> list[torch.nn.Linear]:
+    def distinct_linears(self) -> list[torch.nn.Linear | Int8Linear]:
         """One linear layer of each shape that a forward pass uses."""
-        linears = [m for m in self._model.modules() if isinstance(m, torch.nn.Linear)]
+        linears = [m for m in self._model.modules() if isinstance(m, torch.nn.Linear | Int8Linear)]
         return list({(m.in_features, m.out_features, m.bias is None): m for m in linears}.values())
 
     @torch.inference_mode()

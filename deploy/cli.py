@@ -61,6 +61,7 @@ def serve(
     redis: Annotated[str | None, typer.Option(help="Keep blocks in this Redis: redis://host:port/db.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     preset: PresetOption = None,
+    weights: Annotated[str | None, typer.Option(help="none, or int8: linear layers at half of bf16's memory.")] = None,
     threads: Annotated[int | None, typer.Option(min=0, help="Threads of each CPU worker; 0: one a core.")] = None,
     both_roles: Annotated[
         bool, typer.Option("--both-roles", help="Decode workers prefill by themselves: one copy of the model.")
@@ -74,6 +75,7 @@ def serve(
         model=model,
         max_model_len=max_model_len,
         preset=preset,
+        weight_quantization=weights,
         threads=threads,
         gateway={"host": host, "port": port},
         prefill={"count": 0 if both_roles else None},

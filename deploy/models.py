@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from kvferry.deploy.causal_lm import TransformersModel, UnsupportedModel, check_supported
+from kvferry.deploy.weight_quantization import check_not_quantized, quantize_weights, weight_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class LoadedModel:
     model: TransformersModel
     weights_digest: bytes
     device: torch.device
+    weight_bytes: int
 
 
 def cache_dir() -> Path:
@@ -79,13 +81,17 @@ def find_model(reference: str) -> ModelSource:
     )
 
 
-def load_model(source: ModelSource, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Loads weights onto `device`. Raises UnsupportedModel by name."""
+def load_model(
+    source: ModelSource, *, device: torch.device, dtype: torch.dtype, weight_quantization: str = "none"
+) -> LoadedModel:
+    """Loads weights onto `device`, quantized as `quantize_weights` does. Raises UnsupportedModel by name."""
     config = AutoConfig.from_pretrained(source.path)
     check_supported(config)
+    check_not_quantized(config)
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, use_safetensors=True)
     model = model.to(device)
-    return LoadedModel(source, TransformersModel(model), weights_digest(model), device)
+    quantize_weights(model, weight_quantization, device)
+    return LoadedModel(source, TransformersModel(model), weights_digest(model), device, weight_bytes(model))
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from kvferry.deploy.memory_size import KVMemory
+from kvferry.deploy.weight_quantization_names import WeightQuantization
 from kvferry.kernels.presets import DEFAULT_PRESET
 from kvferry.kvstore.size import parse_size
 
@@ -89,6 +90,8 @@ class Settings(BaseSettings):
     served_model_name: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    weight_quantization: WeightQuantization = "none"
+    """"int8": linear layers at half the memory of bf16; CPU only."""
     kernels: Literal["reference", "cpu", "cpu-int8", "triton"] | None = None
     threads: int = Field(0, ge=0)
     """Threads of each CPU worker; 0: one a core."""

@@ -55,6 +55,8 @@ class ModelConfig:
     spec: KVQuantSpec = field(default_factory=KVQuantSpec)
     device: str = "auto"
     dtype: str = "auto"
+    weight_quantization: str = "none"
+    """"none" or "int8"."""
     kernels: str | None = None
     """"reference", "cpu", "cpu-int8" or "triton"; None chooses."""
     max_model_len: int = 0
@@ -69,7 +71,10 @@ class ModelRuntime:
         source = find_model(config.model)
         self._served_name = config.served_name or source.name
         dtype = resolve_dtype(config.dtype, device)
-        self.loaded: LoadedModel = load_model(source, device=device, dtype=dtype)
+        self.loaded: LoadedModel = load_model(
+            source, device=device, dtype=dtype, weight_quantization=config.weight_quantization
+        )
+        logger.info("weights: %s, %.1f MB", config.weight_quantization, self.loaded.weight_bytes / 1e6)
         model = self.loaded.model
         self.layout = BlockLayout(
             num_layers=model.num_layers,
