@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
+from kvferry.deploy.prefix.commands import prefix
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 
@@ -34,6 +35,7 @@ bench = typer.Typer(help="Measure, always against a baseline in the same run.", 
 app.add_typer(bench, name="bench")
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
+app.add_typer(prefix, name="prefix")
 
 STATIC_TARGETS = ("sm_80", "sm_90")
 

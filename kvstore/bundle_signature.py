@@ -22,6 +22,21 @@ from kvferry.kvstore.errors import InvalidRequest
 PUBLIC_KEY_BYTES = 32
 UNSIGNED = bytes(SIGNATURE_BYTES)
 
+# Points of order 1, 2, 4 and 8, without the sign bit, the encodings past the field's size included. For such a "key"
+# anybody can write signatures that verify for one message in eight or more, and libraries accept them: an unsigned
+# bundle with one bit flipped in the zeros of its signature was once read as signed by the key of zeros.
+_SMALL_ORDER_KEYS = frozenset(
+    bytes.fromhex(text)
+    for text in (
+        "00" * 32,
+        "01" + "00" * 31,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    )
+)
 _CONTEXT = b"kvferry/bundle-signature/1\0"
 _MAX_FILE_BYTES = 1 << 20
 _LINE = re.compile(r"ed25519 ([0-9a-f]{64})(?:\s+(.*))?")
@@ -64,6 +79,8 @@ def signer_of(signed: bytes, signature: bytes) -> bytes | None:
     if signature == UNSIGNED:
         return None
     public_key = signature[:PUBLIC_KEY_BYTES]
+    if _has_small_order(public_key):
+        raise BundleDamaged("the bundle's signature is of a key with which anybody can sign")
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature[PUBLIC_KEY_BYTES:], _CONTEXT + signed)
     except (InvalidSignature, ValueError) as error:
@@ -122,7 +139,7 @@ def load_trusted(path: Path) -> dict[bytes, str]:
         match = _LINE.fullmatch(line)
         if match is None:
             raise InvalidRequest(f"{path}, line {number}: write 'ed25519 <64 hex digits> <name>'")
-        trusted[bytes.fromhex(match.group(1))] = match.group(2) or ""
+        trusted[parse_public_key(match.group(1))] = match.group(2) or ""
     return trusted
 
 
@@ -130,7 +147,14 @@ def parse_public_key(text: str) -> bytes:
     """32 bytes from 64 hex digits. Raises InvalidRequest."""
     if re.fullmatch(r"[0-9a-fA-F]{64}", text) is None:
         raise InvalidRequest("a signer is named by the 64 hex digits of its public key")
-    return bytes.fromhex(text)
+    public_key = bytes.fromhex(text)
+    if _has_small_order(public_key):
+        raise InvalidRequest("this is no public key that can be trusted: anybody can sign with it")
+    return public_key
+
+
+def _has_small_order(public_key: bytes) -> bool:
+    return public_key[:-1] + bytes([public_key[-1] & 0x7F]) in _SMALL_ORDER_KEYS
 
 
 def _line(public_key: bytes, name: str) -> str:

@@ -48,8 +48,10 @@ async def wait_until_stored(store: StoreClient, chain: Chain, *, timeout_s: floa
 
 
 async def export_chain(store: StoreClient, writer: BundleWriter, chain: Chain, progress: Progress) -> None:
-    """Appends what `writer` lacks. Raises BlockNotFound at a block that the node lost; what came is kept."""
+    """Appends what `writer` lacks. Raises BlockNotFound, before anything is read, when the node lacks some of it; what
+    came before is kept."""
     progress(writer.num_done)
+    await _require_stored(store, chain, writer.num_done)
     async with aclosing(_records(store, chain, writer.num_done)) as records:
         async for record in records:
             writer.append(_encoded(record, chain))
@@ -81,9 +83,10 @@ async def import_bundle(
 
 
 async def copy_chain(source: StoreClient, target: StoreClient, chain: Chain, progress: Progress) -> Transferred:
-    """From node to node. Memory holds one record, besides what gRPC buffers."""
+    """From node to node; memory holds one record, besides what gRPC buffers. Raises like `export_chain`."""
     done = Transferred(num_present=await num_stored(target, chain))
     progress(done.num_present)
+    await _require_stored(source, chain, done.num_present)
     async with aclosing(_records(source, chain, done.num_present)) as records:
         async for record in records:
             await _put(target, chain.keys[record.header.block_index], _encoded(record, chain), done)
@@ -100,12 +103,7 @@ async def _records(store: StoreClient, chain: Chain, start: int) -> AsyncGenerat
         found = await store.lookup(keys, lease_s=LEASE_S)
         try:
             if found.num_contiguous < len(keys):
-                index = first + found.num_contiguous
-                raise BlockNotFound(
-                    f"block {index} of {len(chain.keys)} is not in the store: compute the prefix again "
-                    "(kvferry prefix build), then repeat this command",
-                    index=index,
-                )
+                raise _not_stored(chain, first + found.num_contiguous)
             async with aclosing(store.get(keys, namespace=namespace, lease_id=found.lease_id)) as records:
                 index = first
                 async for record in records:
@@ -118,6 +116,20 @@ async def _records(store: StoreClient, chain: Chain, start: int) -> AsyncGenerat
             if found.lease_id:
                 with suppress(KVStoreError):  # then the lease ends by itself
                     await store.release(found.lease_id)
+
+
+async def _require_stored(store: StoreClient, chain: Chain, start: int) -> None:
+    missing = chain.keys[start:]
+    if missing and (found := (await store.lookup(missing)).num_contiguous) < len(missing):
+        raise _not_stored(chain, start + found)
+
+
+def _not_stored(chain: Chain, index: int) -> BlockNotFound:
+    return BlockNotFound(
+        f"the store lacks block {index} of the prefix's {len(chain.keys)}: compute it with kvferry prefix build, then "
+        "repeat this command",
+        index=index,
+    )
 
 
 async def _put(store: StoreClient, key: bytes, record: bytes, done: Transferred) -> None:

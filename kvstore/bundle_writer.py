@@ -50,6 +50,7 @@ class BundleWriter:
         self._namespace = chain.namespace.digest()
         self._max_record_bytes = max_record_bytes
         self._rows: list[RecordRow] = []
+        self._is_ours = False
         self._table_offset, self._first_offset = row_offsets(chain)
         # Readable by the owner only: K and V tell what the prompt was.
         self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -109,8 +110,11 @@ class BundleWriter:
         return signed[-DIGEST_BYTES:]  # the header ends with it
 
     def close(self) -> None:
-        """Lets go of the file; what was written stays in `.part`. Safe to call twice."""
+        """Lets go of the file; the records written stay in `.part`, which is removed where there are none. Safe to
+        call twice."""
         if self._file >= 0:
+            if self._is_ours and not self._rows:
+                self._part.unlink(missing_ok=True)
             os.close(self._file)
             self._file = -1
 
@@ -134,6 +138,7 @@ class BundleWriter:
             ours = False
         if not ours:
             raise InvalidRequest(f"another export has just finished {self._path}")
+        self._is_ours = True
 
     def _recover(self) -> None:
         """Keeps the leading records of a `.part` file that are this chain's, and cuts off what follows."""
@@ -151,6 +156,7 @@ class BundleWriter:
                 self._check(index, record)
             except BlockCorrupt:
                 break
+            self._write(self.nbytes, bytes(offset - self.nbytes))  # no checksum covers the gap before it
             self._rows.append(RecordRow(offset, nbytes, sha256))
         os.ftruncate(self._file, self.nbytes)
 
