@@ -289,11 +289,13 @@ def test_other_encodings_of_the_same_header_are_refused(tmp_path: Path) -> None:
     assert "does not have its fields" in assert_refused(backwards)
     good = write_bundle(tmp_path / "b", CHAIN).read_bytes()
     name = good.index(b"\xa7a model")
-    # The same string with a longer length prefix: msgpack reads it as the same header.
-    length = struct.unpack_from("<I", good, 12)[0]
-    longer = good[:name] + b"\xd9\x07" + good[name + 1 : 16 + length]
-    (tmp_path / "b").write_bytes(fmt.PREAMBLE.pack(fmt.MAGIC, 1, length + 1) + longer[16:] + good[16 + length :])
-    assert_refused(tmp_path / "b")
+    # The same string with a longer length prefix: msgpack reads it as the same header, and the digest is right for it.
+    (length,) = struct.unpack_from("<I", good, 12)
+    signed = fmt.PREAMBLE.pack(fmt.MAGIC, 1, length + 1) + good[16:name] + b"\xd9\x07" + good[name + 1 : 16 + length]
+    end = fmt.head_bytes(16 + length)
+    assert fmt.head_bytes(len(signed)) == end
+    (tmp_path / "b").write_bytes((signed + UNSIGNED).ljust(end, b"\0") + good[end:])
+    assert "one valid encoding" in assert_refused(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
