@@ -16,7 +16,7 @@ from kvferry.deploy.prefix import options as opt
 from kvferry.deploy.prefix.deployment import describe
 from kvferry.deploy.prefix.naming import PromptName, chain_of_prompt, named_chain
 from kvferry.deploy.prefix.progress import block_progress
-from kvferry.deploy.prefix.report import describe_bundle, shown, signer_words, size_words
+from kvferry.deploy.prefix.report import describe_bundle, shown, size_words
 from kvferry.deploy.prefix.trust import default_trust_file, trusted_signers
 from kvferry.kvstore.bundle_chain import Chain, require_same_deployment
 from kvferry.kvstore.bundle_reader import BundleReader
@@ -122,7 +122,10 @@ def export_command(
         f"{output}: {header.chain.num_tokens:,} tokens in {len(header.rows)} blocks, {size_words(header.file_bytes)}; "
         f"{size_words(header.bf16_bytes)} in bf16"
     )
-    print(f"signed by {signer_words(bundle.signer, {} if signer is None else {signer.public_key: 'this key'})}")
+    if bundle.signer is None:
+        print("unsigned: an import will refuse it without --insecure-accept-unsigned")
+    else:
+        print(f"signed with the key {bundle.signer.hex()}")
 
 
 @prefix.command("import")

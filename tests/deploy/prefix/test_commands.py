@@ -120,7 +120,7 @@ def test_export_verify_list_import_rm(lab: Lab) -> None:
     export = ["export", "--prompt-file", lab.prompt(), "--worker", lab.worker, "--store", source]
     said = lab.run(*export, "-o", bundle, "--sign", key)
     assert f"{lab.chain.num_tokens} tokens in {len(lab.chain.keys)} blocks" in said
-    assert "this key" in said
+    assert f"signed with the key {public.split()[1]}" in said
 
     said = lab.run("verify", bundle)
     for words in (
@@ -154,7 +154,8 @@ def test_export_verify_list_import_rm(lab: Lab) -> None:
     assert f"0 blocks stored (0 bytes), {len(lab.chain.keys)} were there" in lab.run("import", bundle, *to)
 
     assert "is there already" in lab.run(*export, "-o", bundle, ok=False)
-    assert "nobody" in lab.run(*export, "-o", bundle, "--force")
+    assert "unsigned: an import will refuse it" in lab.run(*export, "-o", bundle, "--force")
+    assert "nobody" in lab.run("verify", bundle)
     assert "--insecure-accept-unsigned" in lab.run("import", bundle, *to, ok=False)
     lab.run("import", bundle, *to, "--insecure-accept-unsigned")
     assert "unsigned" in lab.run("list", bundle)
