@@ -19,6 +19,7 @@ from kvferry.deploy.bench_serve.command import bench_serve_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
+from kvferry.deploy.prefix.commands import prefix
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 
@@ -38,6 +39,7 @@ app.add_typer(bench, name="bench")
 bench.command("serve")(bench_serve_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
+app.add_typer(prefix, name="prefix")
 
 STATIC_TARGETS = ("sm_80", "sm_90")
 

@@ -1,0 +1,1 @@
+"""`kvferry prefix`: computed prefixes as files, and from node to node."""
