@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from kvferry.deploy.int8_linear import Int8Linear
+from kvferry.deploy.row_invariance import Linear, distinct_linears
 from kvferry.kernels.forward import AttentionStep
 
 ATTENTION_NAME = "kvferry_packed"
@@ -101,10 +101,9 @@ class TransformersModel:
         self.hidden_size: int = config.hidden_size
         self._logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
-    def distinct_linears(self) -> list[torch.nn.Linear | Int8Linear]:
+    def distinct_linears(self) -> list[Linear]:
         """One linear layer of each shape that a forward pass uses."""
-        linears = [m for m in self._model.modules() if isinstance(m, torch.nn.Linear | Int8Linear)]
-        return list({(m.in_features, m.out_features, m.bias is None): m for m in linears}.values())
+        return distinct_linears(self._model)
 
     @torch.inference_mode()
     def hidden(self, token_ids: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry.deploy.bench_kernels import cpu_name
-from kvferry.deploy.numerics import linears_keep_rows
+from kvferry.deploy.row_invariance import linears_keep_rows
 from kvferry.deploy.worker_server import resolve_dtype
 from kvferry.kernels.dispatch import select_kernels
 

@@ -27,9 +27,14 @@ from transformers import (
 )
 
 from kvferry.deploy.causal_lm import TransformersModel, UnsupportedModel, check_supported
+from kvferry.deploy.prepacked_linear import PrepackedLinear, can_prepack, replace_linears
+from kvferry.deploy.row_invariance import distinct_linears, linears_keep_rows
 from kvferry.deploy.weight_quantization import check_not_quantized, quantize_weights, weight_bytes
 
 logger = logging.getLogger(__name__)
+
+TRIED_ROWS = 256
+"""Row counts up to which prepacked weights are tried."""
 
 DEMO_MODEL = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -91,7 +96,20 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, use_safetensors=True)
     model = model.to(device)
     quantize_weights(model, weight_quantization, device)
-    return LoadedModel(source, TransformersModel(model), weights_digest(model), device, weight_bytes(model))
+    digest = weights_digest(model)
+    prepack(model, device, dtype)
+    return LoadedModel(source, TransformersModel(model), digest, device, weight_bytes(model))
+
+
+def prepack(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Lays the linear layers' weights out for the matmul, where this machine keeps a row's bits with that layout."""
+    if not can_prepack(device, dtype):
+        return
+    plain = [linear for linear in distinct_linears(model) if isinstance(linear, torch.nn.Linear)]
+    if linears_keep_rows(map(PrepackedLinear, plain), max_rows=TRIED_ROWS):
+        replace_linears(model)
+    else:
+        logger.warning("prepacked weights do not keep a row's bits on this machine: they stay as they are (slower)")
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

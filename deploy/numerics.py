@@ -7,15 +7,13 @@ packs for a fixed prompt. Two workers of one class have shown that they agree on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 
 import torch
 import transformers
 
 from kvferry.deploy.causal_lm import TransformersModel
-from kvferry.deploy.int8_linear import Int8Linear
 from kvferry.deploy.models import LoadedModel
-from kvferry.kernels.forward import padded_rows
+from kvferry.deploy.row_invariance import linears_keep_rows
 from kvferry.kernels.rotation import hadamard
 from kvferry.prefill.engine import PrefillEngine
 
@@ -65,18 +63,3 @@ def rows_are_invariant(model: TransformersModel, *, rotated: bool, max_rows: int
         rotation.weight = torch.nn.Parameter(hadamard(model.head_dim, model.device))
         linears.append(rotation)
     return linears_keep_rows(linears, max_rows=max_rows)
-
-
-def linears_keep_rows(linears: Iterable[torch.nn.Linear | Int8Linear], *, max_rows: int) -> bool:
-    """Whether a row of each of these matmuls has the same bits at every row count that decode pads to, up to
-    `max_rows`. It is a property of the library and the chip, so it is tried on the machine."""
-    counts = sorted({padded_rows(n) for n in range(1, min(max_rows, 48) + 1)} | {padded_rows(max_rows)})
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode():
-        for linear in linears:
-            rows = torch.randn(counts[-1], linear.in_features, generator=generator)
-            rows = rows.to(linear.dtype) if isinstance(linear, Int8Linear) else rows.to(linear.weight)
-            widest = linear(rows)
-            if not all(torch.equal(linear(rows[:n].contiguous()), widest[:n]) for n in counts):
-                return False
-    return True

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from kvferry.deploy.causal_lm import UnsupportedModel
 from kvferry.deploy.int8_linear import Int8Linear, sums_are_exact
+from kvferry.deploy.prepacked_linear import PrepackedLinear
 from kvferry.deploy.weight_quantization_names import WeightQuantization
 
 NAMES = get_args(WeightQuantization)
@@ -49,8 +50,8 @@ def quantize_weights(model: nn.Module, name: str, device: torch.device) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights; tied ones once."""
-    packed = [m for m in model.modules() if isinstance(m, Int8Linear)]
+    """Bytes of all weights in memory. A tied output layer that is packed is a copy, and counts."""
+    packed = [m for m in model.modules() if isinstance(m, Int8Linear | PrepackedLinear)]
     inside = {id(b) for m in packed for b in m.buffers()}
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in inside}
     return sum(tensors.values()) + sum(m.num_bytes for m in packed)
