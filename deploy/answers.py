@@ -1,4 +1,4 @@
-"""A request's answers, told apart by their `choice`, on their way from one worker stream to the client."""
+"""A request's answers, told apart by their `choice`, on their way from the workers to the client."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from kvferry.proto import inference_pb2, worker_pb2
 
 
 class Answers:
-    """`Answer.add` for each of the request's `n` answers."""
+    """`Answer.add` for each of the request's `n` answers.
+
+    A worker's stream may break off and another worker's begin again at token 0: a token depends on the prompt, the
+    parameters and the seed alone, so what the client has is passed over, and checked on the way.
+    """
 
     def __init__(self, answers: Sequence[Answer]) -> None:
         self._answers = answers
+        self._sent: list[list[int]] = [[] for _ in answers]
+        """By answer: the tokens that any worker has sent."""
+        self._position = [0] * len(answers)
+        """By answer: how many tokens the current worker has sent."""
         self._num_ended_by_worker = 0
         self.worker_usage = worker_pb2.DecodeUsage()
 
@@ -32,17 +40,35 @@ class Answers:
         """The worker has sent the last token of every answer."""
         return self._num_ended_by_worker == len(self._answers)
 
+    def start_worker(self) -> None:
+        """A worker begins with the first token of every answer."""
+        self._position = [0] * len(self._answers)
+        self._num_ended_by_worker = 0
+
     def add(self, chunk: worker_pb2.TokenChunk) -> inference_pb2.GenerateChunk | None:
-        """The client's chunk for one token; None for one that a stop string has cut off: the other answers go on.
+        """The client's chunk for one token; None for one that the client has, or that a stop string has cut off.
         Raises `BrokenStream`."""
         if chunk.choice >= len(self._answers):
             raise BrokenStream(f"The worker sent a token of answer {chunk.choice}; {len(self._answers)} were due.")
         self._num_ended_by_worker += bool(chunk.finish_reason)
         if chunk.HasField("usage"):
             self.worker_usage = chunk.usage
-        answer = self._answers[chunk.choice]
+        answer, sent, position = self._answers[chunk.choice], self._sent[chunk.choice], self._position[chunk.choice]
+        if position < len(sent):
+            self._check_repeated(chunk, sent, position)
+            self._position[chunk.choice] += 1
+            return None
         if answer.finish_reason:
             return None
         out = answer.add(chunk)
+        sent.append(chunk.token_id)
+        self._position[chunk.choice] += 1
         out.choice = chunk.choice
         return out
+
+    @staticmethod
+    def _check_repeated(chunk: worker_pb2.TokenChunk, sent: list[int], position: int) -> None:
+        if (chunk.index, chunk.token_id) != (position, sent[position]):
+            raise BrokenStream(
+                f"The first worker was lost, and another one has another token {position}; the answer ends here."
+            )

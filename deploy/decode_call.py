@@ -32,6 +32,7 @@ async def decode(
     worker: PooledWorker, request: worker_pb2.DecodeRequest, answers: Answers, deadline: float
 ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
     """The chunks of all answers, each to its end or to a stop string. Leaving early cancels the call at once."""
+    answers.start_worker()
     call = worker.decode.Generate(request, timeout=max(deadline - time.monotonic(), 0.001))
     try:
         async for worker_chunk in call:
@@ -76,7 +77,7 @@ def request_error(error: grpc.aio.AioRpcError, *, num_tokens: int) -> RequestErr
 def _lost(num_tokens: int) -> WorkerLost:
     if num_tokens == 0:
         return WorkerLost("The worker went away before the first token.")
-    return WorkerLost(f"The worker went away after {num_tokens} tokens; send the request again.")
+    return WorkerLost(f"The worker went away after {num_tokens} tokens.")
 
 
 def _details(error: grpc.aio.AioRpcError) -> str:

@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_MAX_ATTEMPTS = 2
+_MAX_ATTEMPTS = 3
 
 
 class Gateway(inference_pb2_grpc.InferenceServicer):
@@ -133,7 +133,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
     async def _stream(
         self, request: worker_pb2.DecodeRequest, answers: Answers, deadline: float
     ) -> AsyncGenerator[tuple[inference_pb2.GenerateChunk, WorkerPair], None]:
-        """The answers from one pair of workers, or from another if the first is lost before its first token."""
+        """The answers from one pair of workers; from others where the first ones are lost, without what was sent."""
         failed: list[PooledWorker] = []
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             pair = self._pick(request, failed)
@@ -153,7 +153,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                     for worker in pair.workers:
                         worker.poll_now.set()
                     failed += pair.workers
-                    if answers.num_tokens or attempt == _MAX_ATTEMPTS:
+                    if attempt == _MAX_ATTEMPTS:
                         raise
                     if not self._pairs_without(failed):
                         raise WorkerLost(f"{error} No other worker is ready.") from None

@@ -8,6 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from kvferry.deploy.gateway import SERVICE
+from kvferry.proto import worker_pb2
 
 Code = grpc.StatusCode
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -188,13 +189,13 @@ class TestWorkerFailure:
         assert code == Code.UNAVAILABLE
         assert {sent.prefill_address for sent in decode.requests} == {worker.address for worker in prefills}
 
-    async def test_only_one_other_is_tried(self, lab):
+    async def test_two_others_are_tried(self, lab):
         workers = [await lab.worker([Code.UNAVAILABLE]) for _ in range(4)]
         gateway = await lab.gateway(workers)
         await lab.eventually(lambda: len(gateway._pool.pairs()) == 4)
         code, details, _ = await lab.refused((await lab.stub(gateway)).Generate(lab.request()))
         assert (code, details) == (Code.UNAVAILABLE, "The worker went away before the first token.")
-        assert sum(len(worker.requests) for worker in workers) == 2
+        assert sum(len(worker.requests) for worker in workers) == 3
 
     async def test_no_other_worker(self, lab):
         worker = await lab.worker([Code.UNAVAILABLE])
@@ -203,16 +204,50 @@ class TestWorkerFailure:
         assert details == "The worker went away before the first token. No other worker is ready."
         assert len(worker.requests) == 1
 
-    async def test_lost_after_a_token_is_not_repeated(self, lab):
-        workers = [await lab.worker([5, Code.UNAVAILABLE]) for _ in range(2)]
+    @pytest.mark.parametrize("lost_after", [0, 1, 2, 5])
+    async def test_lost_after_a_token_goes_on_elsewhere(self, lab, lost_after):
+        """Every token comes once, and the other worker is asked for the same answer."""
+        tokens = [5, 6, 7, 8, 9]
+        bad = await lab.worker([*tokens[:lost_after], Code.UNAVAILABLE])
+        good = await lab.worker([*tokens, lab.end(5)])
+        gateway = await lab.gateway([bad, good])
+        await lab.eventually(lambda: len(gateway._pool.pairs()) == 2)
+        stub = await lab.stub(gateway)
+        for _ in range(2):
+            chunks = [chunk async for chunk in stub.Generate(lab.request())]
+            assert [chunk.index for chunk in chunks] == list(range(6))
+            assert [token for chunk in chunks for token in chunk.token_ids] == [*tokens, lab.EOS]
+            assert chunks[-1].usage.completion_tokens == 6
+        assert bad.requests
+        seeds = {sent.sampling.seed for sent in good.requests}
+        assert {sent.sampling.seed for sent in bad.requests} <= seeds
+
+    async def test_another_worker_with_another_token_ends_the_answer(self, lab):
+        """It must not happen; if it does, nobody gets a mixture of two answers."""
+        workers = [await lab.worker([first, 6, Code.UNAVAILABLE]) for first in (5, 7)]
         gateway = await lab.gateway(workers)
         await lab.eventually(lambda: len(gateway._pool.pairs()) == 2)
         call = (await lab.stub(gateway)).Generate(lab.request())
-        assert (await lab.first(call)).index == 0
+        await lab.first(call)
+        await lab.first(call)
         code, details, _ = await lab.refused(call)
-        assert code == Code.UNAVAILABLE
-        assert "after 1 tokens" in details
-        assert sum(len(worker.requests) for worker in workers) == 1
+        assert code == Code.DATA_LOSS
+        assert "another one has another token 0" in details
+
+    async def test_several_answers_go_on_elsewhere(self, lab):
+        chunk = worker_pb2.TokenChunk
+        script = [chunk(index=i, choice=c, token_id=10 * c + i) for i in range(3) for c in range(2)]
+        last = [lab.end(3, token_id=9, choice=c) for c in range(2)]
+        bad = await lab.worker([*script[:3], Code.UNAVAILABLE])
+        good = await lab.worker([*script, *last])
+        gateway = await lab.gateway([bad, good])
+        await lab.eventually(lambda: len(gateway._pool.pairs()) == 2)
+        stub = await lab.stub(gateway)
+        for _ in range(2):
+            chunks = [chunk async for chunk in stub.Generate(lab.request(n=2))]
+            for choice in range(2):
+                mine = [c for c in chunks if c.choice == choice]
+                assert [token for c in mine for token in c.token_ids] == [10 * choice + i for i in range(3)] + [9]
 
     async def test_worker_dies_mid_stream(self, lab):
         worker = await lab.worker([5, 6, HANG])
