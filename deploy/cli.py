@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
+from kvferry.deploy.cli_prefill import bench_prefill_command
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 bench = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+bench.command("prefill")(bench_prefill_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 

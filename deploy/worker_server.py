@@ -17,6 +17,7 @@ from kvferry.decode.server import DecodeServicer
 from kvferry.decode.worker import DecodeWorker
 from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class, rows_are_invariant
+from kvferry.deploy.pass_width import widest_pass
 from kvferry.kernels.dispatch import Selection, select_kernels
 from kvferry.kernels.forward import CausalModel, padded_rows
 from kvferry.kernels.layout import LAYOUT_VERSION, BlockLayout
@@ -79,10 +80,12 @@ class ModelRuntime:
         self.selection: Selection = select_kernels(device, head_dim=model.head_dim, impl=config.kernels)
         slow = self.selection.kernels.name == ReferenceKernels.name
         logger.log(logging.WARNING if slow else logging.INFO, "%s", self.selection.reason)
-        self.engine = PrefillEngine(self.model, self.selection.kernels, self.layout, device)
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
         self.rows_invariant = rows_are_invariant(model, rotated=rotated, max_rows=INVARIANT_ROWS)
         """Whether decode may pad a batch to any of its usual row counts without changing a bit."""
+        width = widest_pass(self.model, model, block_size=self.layout.block_size) if self.rows_invariant else 1
+        logger.info("prefill passes cover up to %d blocks", width)
+        self.engine = PrefillEngine(self.model, self.selection.kernels, self.layout, device, max_pass_blocks=width)
         self.identity = self._identity()
 
     def close(self) -> None:
