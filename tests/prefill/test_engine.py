@@ -57,6 +57,7 @@ def order(gate: Gate, *jobs: Submitted) -> list[Submitted]:
 def test_ranks(watched: WatchedEngine, make_prompt: Any) -> None:
     gate = Gate(watched)
     first = watched.submit(make_prompt(5))
+    assert gate.reached.wait(LIMIT_S)
     warm = watched.submit(make_prompt(BLOCK_SIZE, seed=1), warm=True)
     late = watched.submit(make_prompt(40, seed=2), priority=1)
     long = watched.submit(make_prompt(150, seed=3))
@@ -75,10 +76,11 @@ def test_another_tenant_is_not_starved(watched: WatchedEngine, make_prompt: Any)
 def test_a_late_job_is_ended_and_not_computed(watched: WatchedEngine, make_prompt: Any) -> None:
     gate = Gate(watched)
     prompt = make_prompt(5 * BLOCK_SIZE + 3)
-    half = watched.submit(prompt, deadline=time.monotonic() + 0.2)
-    waiting = watched.submit(make_prompt(50, seed=1), deadline=time.monotonic() + 0.2, priority=7)
+    half = watched.submit(prompt, deadline=time.monotonic() + LIMIT_S)
+    assert gate.reached.wait(LIMIT_S)
+    half.job.deadline = time.monotonic()
+    waiting = watched.submit(make_prompt(50, seed=1), deadline=time.monotonic(), priority=7)
     good = watched.submit(make_prompt(50, seed=2), deadline=time.monotonic() + LIMIT_S)
-    time.sleep(0.25)
     gate.open()
     for late in (half, waiting):
         assert isinstance(late.done.exception(LIMIT_S), DeadlinePassed)

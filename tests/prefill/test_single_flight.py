@@ -56,7 +56,7 @@ async def test_concurrent_requests_compute_a_common_prefix_once(
     count_passes: Counter[str],
 ) -> None:
     workers = await serve_workers(runtime("llama"))
-    alone = [(await workers.generate(prompt)).tokens for prompt in prompts]
+    alone = [(await workers.generate(prompt, tenant=f"t{i}")).tokens for i, prompt in enumerate(prompts)]
     assert count_passes == {"blocks": NUM_REQUESTS * PREFIX_BLOCKS, "tails": NUM_REQUESTS}  # the control
     count_passes.clear()
     store = await make_store() if with_store else None
