@@ -26,7 +26,7 @@ PREFIX_BLOCKS = 6
 
 @pytest.fixture
 def prompts(make_prompt: Any) -> list[list[int]]:
-    prefix = make_prompt(PREFIX_BLOCKS * BLOCK_SIZE)
+    prefix = make_prompt(PREFIX_BLOCKS * BLOCK_SIZE, seed=1000)  # no other test has blocks of it
     return [prefix + make_prompt(5 + i, seed=i + 1) for i in range(NUM_REQUESTS)]
 
 
@@ -61,7 +61,8 @@ async def test_concurrent_requests_compute_a_common_prefix_once(
     count_passes.clear()
     store = await make_store() if with_store else None
     workers = await serve_workers(runtime("llama"), store and store.address)
-    answers = await asyncio.gather(*(workers.generate(prompt) for prompt in prompts))
+    tenant = f"together-{with_store}"
+    answers = await asyncio.gather(*(workers.generate(prompt, tenant=tenant) for prompt in prompts))
     assert count_passes == {"blocks": PREFIX_BLOCKS, "tails": NUM_REQUESTS}
     assert [answer.tokens for answer in answers] == alone
 
