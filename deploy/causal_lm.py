@@ -105,6 +105,11 @@ class TransformersModel:
         """One linear layer of each shape that a forward pass uses."""
         return distinct_linears(self._model)
 
+    def activations(self) -> list[torch.nn.Module]:
+        """The activation functions of its feed-forward layers, one of each class."""
+        found = [m.act_fn for m in self._model.modules() if isinstance(getattr(m, "act_fn", None), torch.nn.Module)]
+        return list({type(function): function for function in found}.values())
+
     @torch.inference_mode()
     def hidden(self, token_ids: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         out = self._model.model(

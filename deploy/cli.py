@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from kvferry.deploy.bench_serve.command import bench_serve_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
+from kvferry.deploy.cli_prefill import bench_prefill_command
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.prefix.commands import prefix
 from kvferry.deploy.settings import Settings
@@ -37,6 +38,7 @@ bench = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 bench.command("serve")(bench_serve_command)
+bench.command("prefill")(bench_prefill_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(prefix, name="prefix")

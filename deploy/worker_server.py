@@ -22,6 +22,7 @@ from kvferry.deploy.layer_windows import layer_windows
 from kvferry.deploy.local_prefill import LocalPrefillStream
 from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class, rows_are_invariant
+from kvferry.deploy.pass_width import widest_pass
 from kvferry.kernels.dispatch import Selection, select_kernels
 from kvferry.kernels.forward import CausalModel, padded_rows
 from kvferry.kernels.layout import LAYOUT_VERSION, BlockLayout
@@ -89,11 +90,13 @@ class ModelRuntime:
         self.selection: Selection = select_kernels(device, head_dim=model.head_dim, impl=config.kernels)
         slow = self.selection.kernels.name == ReferenceKernels.name
         logger.log(logging.WARNING if slow else logging.INFO, "%s", self.selection.reason)
-        self.engine = PrefillEngine(self.model, self.selection.kernels, self.layout, device)
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
         self.windows = layer_windows(self.model, max_model_len=self.max_model_len, device=device)
         self.rows_invariant = rows_are_invariant(model, rotated=rotated, max_rows=INVARIANT_ROWS)
         """Whether decode may pad a batch to any of its usual row counts without changing a bit."""
+        width = widest_pass(self.model, model, block_size=self.layout.block_size) if self.rows_invariant else 1
+        logger.info("prefill passes cover up to %d blocks", width)
+        self.engine = PrefillEngine(self.model, self.selection.kernels, self.layout, device, max_pass_blocks=width)
         self.identity = self._identity()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""One prefill chunk, all layers: takes K and V out of the model, packs them and answers the model's attention."""
+"""One prefill pass, all layers: takes K and V out of the model, packs them and answers the model's attention."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from kvferry.prefill.prompt_blocks import PromptBlocks
 
 
 class ChunkStep:
-    """`AttentionStep` of one prefill chunk: one block of the canonical grid, or the incomplete last one.
+    """`AttentionStep` of one prefill pass: consecutive blocks of the canonical grid, or the incomplete last one.
 
-    The chunk attends to all earlier blocks in their packed form and to itself in fp16. On a hit and on a miss these
-    are the same bytes, so the result is the same. Rows past `num_tokens` are padding: they give zeros.
+    Each block attends to all earlier blocks in their packed form and to itself in fp16. In every layer the blocks of
+    the pass are packed one after the other, each before the next one attends to it, so the result is the same for
+    every way of dividing a prompt into passes. Rows past `num_tokens` are padding: they give zeros.
     """
 
     def __init__(self, blocks: PromptBlocks, index: int, num_tokens: int, kernels: PackedKernels) -> None:
+        """A pass over the `num_tokens` tokens from the beginning of block `index` on."""
         self._blocks = blocks
-        self._index = index
         self._num_tokens = num_tokens
         self._kernels = kernels
-        self._prefix = blocks.prefix(index)
+        size = blocks.layout.block_size
+        self._spans = [
+            (index + offset // size, slice(offset, min(offset + size, num_tokens)))
+            for offset in range(0, num_tokens, size)
+        ]
+        self._prefixes = [blocks.prefix(block) for block, _ in self._spans]
 
     def attend(
         self,
@@ -37,25 +43,28 @@ class ChunkStep:
         n = self._num_tokens
         keys = key[:n].transpose(0, 1).to(torch.float16).contiguous()  # [H, n, D]
         values = value[:n].transpose(0, 1).to(torch.float16).contiguous()
-        self._keep(layer, keys, values)
-        attended = self._kernels.chunk_attention(
-            query[:n].transpose(0, 1),
-            keys,
-            values,
-            self._prefix,
-            layer=layer,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        ).transpose(0, 1)
-        if n == query.shape[0]:
-            return attended
-        out = torch.zeros_like(query)
-        out[:n] = attended
-        return out
+        queries = query.transpose(0, 1)
+        outputs = []
+        for (block, span), prefix in zip(self._spans, self._prefixes, strict=True):
+            own_keys, own_values = keys[:, span], values[:, span]
+            self._keep(layer, block, own_keys, own_values)
+            attended = self._kernels.chunk_attention(
+                queries[:, span],
+                own_keys,
+                own_values,
+                prefix,
+                layer=layer,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+            )
+            outputs.append(attended.transpose(0, 1))
+        if n < query.shape[0]:
+            outputs.append(torch.zeros_like(query[n:]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        blocks, index = self._blocks, self._index
+    def _keep(self, layer: int, index: int, keys: Tensor, values: Tensor) -> None:
+        blocks = self._blocks
         if index == blocks.num_blocks:
             blocks.tail[layer, 0] = keys
             blocks.tail[layer, 1] = values

@@ -14,6 +14,12 @@ class PrefillConfig:
     """Requests in the worker at once, waiting ones included; more are shed with RESOURCE_EXHAUSTED."""
     max_prompt_tokens_in_flight: int = 262_144
     """Prompt tokens of all requests in the worker: bounds its memory for blocks."""
+    max_tenant_share: float = 0.75
+    """Of both bounds above for one tenant: another tenant finds room even while this one sends all it can."""
+    max_warm_share: float = 0.5
+    """Of both bounds above for requests that only warm the store."""
+    default_timeout_s: float = 600.0
+    """Time for a request that has no deadline."""
     handoff_timeout_s: float = 60.0
     """How long blocks are kept for a decode worker that has the handoff but has not closed the stream."""
     lookup_timeout_s: float = 0.2

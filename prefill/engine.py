@@ -1,14 +1,13 @@
-"""The prefill loop: one thread, one chunk at a time, requests in turn."""
+"""The prefill loop: one thread, one pass at a time, requests in turn."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -17,38 +16,35 @@ from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.packed import PackedKernels
 from kvferry.kernels.sampling import SampledToken, SamplingParams, TokenHistory, sample
 from kvferry.prefill.chunk_step import ChunkStep
+from kvferry.prefill.errors import DeadlinePassed
+from kvferry.prefill.job import PrefillJob
 from kvferry.prefill.prompt_blocks import PromptBlocks
+from kvferry.prefill.schedule import Schedule
+from kvferry.prefill.shared_blocks import SharedBlocks
+
+__all__ = ["PrefillEngine", "PrefillJob"]
 
 logger = logging.getLogger(__name__)
 
+SMOOTHING = 0.2
+"""Weight of the last pass in the measured speed."""
+SEEDS = 2**64
 
-@dataclass(eq=False, kw_only=True)
-class PrefillJob:
-    """A prompt to compute from its block `blocks.num_ready` on.
 
-    The callbacks run on the engine's thread and must not block: `on_block(index)` after a block is packed in every
-    layer, then `on_done(first_token)`, or `on_error(error)` instead. After `cancel()` none of them is called again
-    once the running chunk has ended.
-    """
+class _Pass(NamedTuple):
+    """What one turn of a job did."""
 
-    token_ids: list[int]
-    sampling: SamplingParams
-    blocks: PromptBlocks
-    on_block: Callable[[int], None]
-    on_done: Callable[[SampledToken], None]
-    on_error: Callable[[Exception], None]
-    submitted: float = field(default_factory=time.monotonic)
-    queue_seconds: float | None = None
-    compute_seconds: float = 0.0
-    cancelled: bool = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
+    num_tokens: int
+    finished: bool
 
 
 class PrefillEngine:
-    """Runs prefill jobs chunk by chunk on the canonical grid, round-robin, so that a short prompt is not stuck
-    behind a long one. A chunk is one block; its width never depends on what was cached."""
+    """Runs prefill jobs pass by pass on the canonical grid; `Schedule` says whose turn it is.
+
+    A pass covers 1, 2, 4, ... up to `max_pass_blocks` complete blocks, or the incomplete last one. The caller vouches
+    that a row has the same bits in passes of all these widths (`deploy.pass_width`). The incomplete block is always
+    alone, so its number of rows never depends on what was cached.
+    """
 
     def __init__(
         self,
@@ -56,12 +52,17 @@ class PrefillEngine:
         kernels: PackedKernels,
         layout: BlockLayout,
         device: torch.device,
+        *,
+        max_pass_blocks: int = 1,
     ) -> None:
         self.layout = layout
         self.device = device
+        self._max_pass_blocks = max_pass_blocks
         self._model = model
         self._kernels = kernels
-        self._jobs: deque[PrefillJob] = deque()
+        self._schedule: Schedule[PrefillJob] = Schedule()
+        self._shared = SharedBlocks()
+        self._seconds_per_token = 0.0
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="prefill-engine", daemon=True)
@@ -75,13 +76,19 @@ class PrefillEngine:
     def vocab_size(self) -> int:
         return self._model.vocab_size
 
+    @property
+    def seconds_left(self) -> float:
+        """How long the submitted jobs will take, by the speed of the last passes; 0 before the first one."""
+        with self._wake:
+            return self._seconds_per_token * sum(job.num_left for job in self._schedule)
+
     def compute(self, token_ids: list[int], *, timeout_s: float) -> tuple[PromptBlocks, SampledToken]:
         """Prefills a prompt while the calling thread waits; greedy first token.
 
         Raises what the engine raised, or TimeoutError.
         """
         blocks = self.new_blocks(len(token_ids))
-        outcome: Future[SampledToken] = Future()
+        outcome: Future[list[SampledToken]] = Future()
         job = PrefillJob(
             token_ids=token_ids,
             sampling=SamplingParams(),
@@ -92,7 +99,7 @@ class PrefillEngine:
         )
         self.submit(job)
         try:
-            return blocks, outcome.result(timeout_s)
+            return blocks, outcome.result(timeout_s)[0]
         finally:
             job.cancel()
 
@@ -100,50 +107,95 @@ class PrefillEngine:
         with self._wake:
             if self._closing:
                 raise RuntimeError("the prefill engine is closed")
-            self._jobs.append(job)
+            self._schedule.add(job)
             self._wake.notify()
 
     def close(self) -> None:
-        """Ends the thread after the running chunk; jobs that are left get `on_error`."""
+        """Ends the thread after the running pass; jobs that are left get `on_error`."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join()
 
     def _loop(self) -> None:
-        while (job := self._next_job()) is not None:
-            try:
-                finished = self._advance(job)
-            except Exception as error:  # one request's failure must not end the worker
-                logger.exception("prefill failed")
-                job.on_error(error)
-                continue
-            if not finished:
-                with self._wake:
-                    self._jobs.append(job)
-        for job in self._jobs:
+        while self._turn():
+            pass
+        for job in self._schedule:
             job.on_error(RuntimeError("the prefill worker is shutting down"))
 
-    def _next_job(self) -> PrefillJob | None:
+    def _turn(self) -> bool:
+        """Waits for the next job and gives it one pass; False when the engine is closing. (A function of its own, so
+        that an idle engine holds no job's blocks.)"""
+        turn = self._next_turn()
+        if turn is None:
+            return False
+        job, others_wait = turn
+        try:
+            done = self._advance(job, others_wait=others_wait)
+        except Exception as error:  # one request's failure must not end the worker
+            logger.exception("prefill failed")
+            with self._wake:
+                self._schedule.remove(job)
+            job.on_error(error)
+            return True
         with self._wake:
-            while True:
+            if done.finished:
+                self._schedule.remove(job)
+            else:
+                self._schedule.put_back(job, served=done.num_tokens)
+        return True
+
+    def _next_turn(self) -> tuple[PrefillJob, bool] | None:
+        """The next job and whether others wait; None when the engine is closing."""
+        while True:
+            with self._wake:
                 if self._closing:
                     return None
-                while self._jobs:
-                    job = self._jobs.popleft()
-                    if not job.cancelled:
-                        return job
-                self._wake.wait()
+                expired = [job for job in self._schedule.discard(_ended) if not job.cancelled]
+                job = None if expired else self._schedule.take()
+                if job is not None:
+                    return job, self._schedule.num_ready > 0
+                if not expired:
+                    self._wake.wait()
+            for late in expired:
+                late.on_error(DeadlinePassed("the request's time was over before its prompt was computed"))
+            del expired
 
-    def _advance(self, job: PrefillJob) -> bool:
-        """Computes one chunk; True when the job needs no more."""
+    def _advance(self, job: PrefillJob, *, others_wait: bool) -> _Pass:
+        """Takes what others have of the job's next blocks, then computes one pass."""
         started = time.monotonic()
         if job.queue_seconds is None:
             job.queue_seconds = started - job.submitted
+        self._take_shared(job)
+        num_tokens = 0
+        tokens: list[SampledToken] = []
+        if job.num_left:
+            num_tokens, tokens = self._compute(job, 1 if others_wait or job.warm else self._max_pass_blocks)
+            seconds = time.monotonic() - started
+            job.compute_seconds += seconds
+            self._measure(seconds / num_tokens)
+        finished = job.num_left == 0 or bool(tokens)
+        if finished and not job.cancelled:
+            job.on_done(tokens)
+        return _Pass(num_tokens, finished)
+
+    def _take_shared(self, job: PrefillJob) -> None:
         blocks = job.blocks
+        first = blocks.num_ready
+        # A first token needs the hidden state of the last token: at least that one's block is computed.
+        limit = blocks.num_blocks if job.warm else (len(job.token_ids) - 1) // self.layout.block_size
+        self._shared.take(job.keys, blocks, limit=limit)
+        job.num_shared_blocks += blocks.num_ready - first
+        self._finish_blocks(job, first)
+
+    def _compute(self, job: PrefillJob, max_blocks: int) -> tuple[int, list[SampledToken]]:
+        """Computes the next blocks, or the incomplete last one. Returns its tokens and, at the end of the prompt, the
+        first token of each answer."""
+        blocks, size = job.blocks, self.layout.block_size
         index = blocks.num_ready
-        begin = index * self.layout.block_size
-        end = min(begin + self.layout.block_size, len(job.token_ids))
+        width = _power_of_two(min(blocks.num_blocks - index, max_blocks))
+        begin = index * size
+        end = min(begin + width * size, len(job.token_ids))
         num_tokens = end - begin
         padding = [0] * (padded_rows(num_tokens) - num_tokens)
         hidden = self._model.hidden(
@@ -151,18 +203,38 @@ class PrefillEngine:
             torch.tensor([*range(begin, end), *padding], device=self.device),
             ChunkStep(blocks, index, num_tokens, self._kernels),
         )
-        last = end == len(job.token_ids)
-        token = self._first_token(job, hidden[num_tokens - 1]) if last else None
-        job.compute_seconds += time.monotonic() - started
-        if index < blocks.num_blocks:
-            blocks.num_ready = index + 1
+        last = end == len(job.token_ids) and not job.warm
+        tokens = self._first_tokens(job, hidden[num_tokens - 1]) if last else []
+        blocks.num_ready = min(index + width, blocks.num_blocks)
+        self._finish_blocks(job, index)
+        return num_tokens, tokens
+
+    def _finish_blocks(self, job: PrefillJob, first: int) -> None:
+        """Makes the complete blocks from `first` on known."""
+        self._shared.offer(job.keys, job.blocks)
+        for index in range(first, job.blocks.num_ready):
             if not job.cancelled:
                 job.on_block(index)
-        if token is not None and not job.cancelled:
-            job.on_done(token)
-        return last
 
-    def _first_token(self, job: PrefillJob, hidden: torch.Tensor) -> SampledToken:
+    def _first_tokens(self, job: PrefillJob, hidden: torch.Tensor) -> list[SampledToken]:
         rows = hidden.expand(padded_rows(1), -1).contiguous()
         logits = self._model.logits(rows)[0]
-        return sample(logits, job.sampling, TokenHistory.of(job.token_ids))
+        history = TokenHistory.of(job.token_ids)
+        seeds = [(job.sampling.seed + answer) % SEEDS for answer in range(job.num_answers)]
+        return [sample(logits, replace(job.sampling, seed=seed), history) for seed in seeds]
+
+    def _measure(self, seconds_per_token: float) -> None:
+        with self._wake:
+            if self._seconds_per_token == 0.0:
+                self._seconds_per_token = seconds_per_token
+            self._seconds_per_token += SMOOTHING * (seconds_per_token - self._seconds_per_token)
+
+
+def _ended(job: PrefillJob) -> bool:
+    """Nobody waits for the job any more."""
+    return job.cancelled or (job.deadline is not None and time.monotonic() >= job.deadline)
+
+
+def _power_of_two(limit: int) -> int:
+    """The largest power of two up to `limit`, and at least 1."""
+    return 1 << max(limit.bit_length() - 1, 0)

@@ -37,6 +37,13 @@ class PromptBlocks:
             self.sinks.copy_(sinks)
         self.num_ready = index + 1
 
+    def copy(self, index: int, other: PromptBlocks) -> None:
+        """Takes block `index`, the next one, from another prompt that has the same tokens up to its end."""
+        self.pool[index].copy_(other.pool[index])
+        if index == 0:
+            self.sinks.copy_(other.sinks)
+        self.num_ready = index + 1
+
     def payload(self, index: int) -> memoryview:
         """Payload of block `index` in host memory."""
         sinks = self.sinks if index == 0 else None

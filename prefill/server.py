@@ -13,13 +13,18 @@ from kvferry.kernels.sampling import MAX_TOP_LOGPROBS, SampledToken, SamplingPar
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import FRAME_BYTES
 from kvferry.kvstore.identity import namespace_of
+from kvferry.prefill.admission import Held, check_room
 from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
+from kvferry.prefill.errors import DeadlinePassed, QueueFull
 from kvferry.prefill.session import BlockReady, Event, HandoffReady, PrefillSession, PrefillUsage
 from kvferry.proto import worker_pb2, worker_pb2_grpc
+from kvferry.proto.trailing_metadata import RETRY_AFTER_KEY
 
 logger = logging.getLogger(__name__)
 
+MAX_ANSWERS = 128
+"""Answers to one prompt."""
 START_TIMEOUT_S = 10.0
 """How long a stream may be open before it says what it wants."""
 
@@ -41,7 +46,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         self._store = store
         self._info = info
         self._config = config
-        self._running: dict[asyncio.Task[None], int] = {}
+        self._running: dict[asyncio.Task[None], Held] = {}
 
     @property
     def num_requests(self) -> int:
@@ -58,6 +63,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         except TimeoutError:
             message = f"the handoff was not taken within {self._config.handoff_timeout_s} s; its blocks are released"
             await context.abort(grpc.StatusCode.ABORTED, message)
+        except DeadlinePassed as error:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
         except Exception as error:  # the edge: whatever failed, the caller is told
             logger.exception("a prefill request failed")
             await context.abort(grpc.StatusCode.INTERNAL, f"prefill failed: {error}")
@@ -91,14 +98,18 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"top_logprobs must be at most {MAX_TOP_LOGPROBS}")
         if not start.tenant:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "tenant is empty")
-        if (
-            self.num_requests >= self._config.max_requests
-            or sum(self._running.values()) + n > self._config.max_prompt_tokens_in_flight
-        ):
+        if start.sampling.n > MAX_ANSWERS:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"n must be at most {MAX_ANSWERS}")
+        if n > self._config.max_prompt_tokens_in_flight:
+            limit = self._config.max_prompt_tokens_in_flight
             await context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the prefill worker is full ({self.num_requests} requests); try again later",
+                grpc.StatusCode.INVALID_ARGUMENT, f"{n} prompt tokens; this prefill worker has memory for {limit}"
             )
+        try:
+            check_room(self._running.values(), _held(start), self._config, self._engine.seconds_left)
+        except QueueFull as error:
+            hint = ((RETRY_AFTER_KEY, str(error.retry_after_ms)),)
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), trailing_metadata=hint)
 
     async def _serve(self, start: worker_pb2.PrefillStart, context: Context) -> None:
         session = PrefillSession(
@@ -109,10 +120,13 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             store=self._store,
             config=self._config,
             remaining_s=context.time_remaining(),
+            priority=start.priority,
+            warm=start.warm,
+            num_answers=start.sampling.n or 1,
         )
         write_lock = asyncio.Lock()
         compute = asyncio.create_task(session.run())
-        self._admit(compute, len(start.token_ids))
+        self._admit(compute, _held(start))
         events = asyncio.create_task(_send_events(session, context, write_lock))
         commands = asyncio.create_task(_answer_commands(session, context, write_lock))
         try:
@@ -126,9 +140,9 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
                 task.cancel()
             await asyncio.gather(*stopping, return_exceptions=True)
 
-    def _admit(self, compute: asyncio.Task[None], num_tokens: int) -> None:
+    def _admit(self, compute: asyncio.Task[None], held: Held) -> None:
         """Counts a request until its computing and publishing are over: that may be after the call."""
-        self._running[compute] = num_tokens
+        self._running[compute] = held
 
         def leave(task: asyncio.Task[None]) -> None:
             del self._running[task]
@@ -136,6 +150,10 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
                 logger.warning("a prefill request ended with %s", type(task.exception()).__name__)
 
         compute.add_done_callback(leave)
+
+
+def _held(start: worker_pb2.PrefillStart) -> Held:
+    return Held(tenant=start.tenant, warm=start.warm, num_tokens=len(start.token_ids))
 
 
 async def _read(context: Context) -> worker_pb2.PrefillCommand | None:
@@ -184,9 +202,13 @@ def event_to_pb(event: Event) -> Iterator[worker_pb2.PrefillEvent]:
         case BlockReady(index, in_store):
             ready = worker_pb2.BlockReady(index=index, in_store=in_store)
             yield worker_pb2.PrefillEvent(block_ready=ready)
-        case HandoffReady(token, tail, usage):
+        case HandoffReady(tokens, tail, usage):
+            first, *others = (token_to_pb(token, choice) for choice, token in enumerate(tokens))
             handoff = worker_pb2.Handoff(
-                first_token=token_to_pb(token), tail_bytes=len(tail), usage=worker_pb2.PrefillUsage(**vars(usage))
+                first_token=first,
+                other_first_tokens=others,
+                tail_bytes=len(tail),
+                usage=worker_pb2.PrefillUsage(**vars(usage)),
             )
             yield worker_pb2.PrefillEvent(handoff=handoff)
             for offset in range(0, len(tail), FRAME_BYTES):
@@ -195,9 +217,11 @@ def event_to_pb(event: Event) -> Iterator[worker_pb2.PrefillEvent]:
             yield worker_pb2.PrefillEvent(finished=worker_pb2.PrefillUsage(**vars(event)))
 
 
-def token_to_pb(token: SampledToken) -> worker_pb2.TokenChunk:
+def token_to_pb(token: SampledToken, choice: int) -> worker_pb2.TokenChunk:
+    """The first token of answer `choice`."""
     return worker_pb2.TokenChunk(
         index=0,
+        choice=choice,
         token_id=token.token_id,
         logprob=token.logprob or 0.0,
         top_logprobs=[worker_pb2.TokenLogprob(token_id=i, logprob=p) for i, p in token.top_logprobs],

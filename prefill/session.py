@@ -19,7 +19,9 @@ from kvferry.kvstore.codec import encode_record
 from kvferry.kvstore.errors import KVStoreError
 from kvferry.kvstore.key import Namespace, block_keys
 from kvferry.prefill.config import PrefillConfig
-from kvferry.prefill.engine import PrefillEngine, PrefillJob
+from kvferry.prefill.engine import PrefillEngine
+from kvferry.prefill.errors import DeadlinePassed
+from kvferry.prefill.job import PrefillJob
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +52,18 @@ class BlockReady:
 class HandoffReady:
     """Prefill's result for decode. `usage` lacks what is still being published."""
 
-    first_token: SampledToken
+    first_tokens: list[SampledToken]
+    """Of each answer."""
     tail: bytes
     usage: PrefillUsage
 
 
 Event = BlockReady | HandoffReady | PrefillUsage
-"""One BlockReady for each complete block, before or after the one HandoffReady; one PrefillUsage as the last."""
+"""One BlockReady for each complete block, before or after the one HandoffReady, which a request that only warms the
+store does not have; one PrefillUsage as the last."""
+
+LATE_PASS_S = 1.0
+"""How long after the deadline the engine may say that it has passed."""
 
 _releases: set[asyncio.Task[None]] = set()  # the event loop itself holds tasks weakly
 
@@ -79,16 +86,27 @@ class PrefillSession:
         store: StoreClient | None,
         config: PrefillConfig,
         remaining_s: float | None,
+        priority: int = 0,
+        warm: bool = False,
+        num_answers: int = 1,
     ) -> None:
-        """`remaining_s`: until the request's deadline; None without one."""
+        """`remaining_s`: until the request's deadline; None: the config's. `warm`: publish complete blocks, no more."""
+        if warm:
+            token_ids = token_ids[: len(token_ids) // namespace.block_size * namespace.block_size]
         self._token_ids = token_ids
+        self._tenant = namespace.tenant
+        self._priority = priority
+        self._warm = warm
+        self._num_answers = num_answers
+        self._remaining_s = config.default_timeout_s if remaining_s is None else remaining_s
+        self._deadline = time.monotonic() + self._remaining_s
         self._sampling = sampling
         self._namespace = namespace.digest()
         self._keys = block_keys(namespace, token_ids)
         self._engine = engine
         self._store = store
         self._config = config
-        self._fetch_budget_s = min(config.fetch_timeout_s, (remaining_s or float("inf")) / 4)
+        self._fetch_budget_s = min(config.fetch_timeout_s, self._remaining_s / 4)
         self._blocks = engine.new_blocks(len(token_ids))
         self._usage = PrefillUsage()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -112,14 +130,18 @@ class PrefillSession:
         )
 
     async def run(self) -> None:
-        """Runs the request to its end. Raises what the engine raised. Cancelling it stops the computation."""
-        await self._fetch_cached()
-        await self._compute()
+        """Runs the request to its end. Raises what the engine raised, DeadlinePassed among it. Cancelling it stops the
+        computation."""
+        if self._token_ids:
+            await self._fetch_cached()
+            await self._compute()
         self._events.put_nowait(self._usage)
 
     async def _fetch_cached(self) -> None:
-        """Loads the longest contiguous verified prefix from the store; at least one token is left to compute."""
-        wanted = self._keys[: (len(self._token_ids) - 1) // self._engine.layout.block_size]
+        """Loads the longest contiguous verified prefix from the store. At least one token is left to compute, unless
+        only blocks are wanted."""
+        left = 0 if self._warm else 1
+        wanted = self._keys[: (len(self._token_ids) - left) // self._engine.layout.block_size]
         if self._store is None or not wanted:
             return
         started = time.monotonic()
@@ -160,15 +182,15 @@ class PrefillSession:
 
     async def _compute(self) -> None:
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[SampledToken] = loop.create_future()
+        done: asyncio.Future[list[SampledToken]] = loop.create_future()
         finished_blocks: asyncio.Queue[int | None] = asyncio.Queue()
 
         def finish_block(index: int) -> None:
             self._unannounced.add(index)
             finished_blocks.put_nowait(index)
 
-        def finish(token: SampledToken) -> None:
-            done.set_result(token)
+        def finish(tokens: list[SampledToken]) -> None:
+            done.set_result(tokens)
             finished_blocks.put_nowait(None)
 
         def fail(error: Exception) -> None:
@@ -181,23 +203,40 @@ class PrefillSession:
             on_block=_on_loop(loop, done, finish_block),
             on_done=_on_loop(loop, done, finish),
             on_error=_on_loop(loop, done, fail),
+            tenant=self._tenant,
+            priority=self._priority,
+            warm=self._warm,
+            num_answers=self._num_answers,
+            deadline=self._deadline,
+            keys=self._keys,
         )
         self._engine.submit(job)
         publisher = asyncio.create_task(self._publish(finished_blocks))
         try:
-            token = await done
+            tokens = await self._until_deadline(done)
             self._usage.queue_seconds = job.queue_seconds or 0.0
             self._usage.compute_seconds = job.compute_seconds
             self.handed_over = True
-            self._events.put_nowait(HandoffReady(token, self._blocks.tail_bytes(), replace(self._usage)))
+            if not self._warm:
+                self._events.put_nowait(HandoffReady(tokens, self._blocks.tail_bytes(), replace(self._usage)))
             await self._finish_publishing(publisher)
         finally:
             job.cancel()
             publisher.cancel()
 
+    async def _until_deadline(self, done: asyncio.Future[T]) -> T:
+        """The engine ends a late job between passes; this holds even when a pass does not end."""
+        try:
+            async with asyncio.timeout(max(self._deadline - time.monotonic(), 0.0) + LATE_PASS_S):
+                return await done
+        except TimeoutError:
+            raise DeadlinePassed("the request's time was over before its prompt was computed") from None
+
     async def _finish_publishing(self, publisher: asyncio.Task[None]) -> None:
-        """Gives the store a moment, then offers what it has not taken from here, and goes on publishing."""
-        await asyncio.wait([publisher], timeout=self._config.publish_grace_s)
+        """Gives the store a moment, then offers what it has not taken from here, and goes on publishing. A request that
+        only warms the store waits for it: nobody waits for the request."""
+        grace_s = self._config.publish_timeout_s if self._warm else self._config.publish_grace_s
+        await asyncio.wait([publisher], timeout=grace_s)
         for index in sorted(self._unannounced):
             self._announce(index, in_store=False)
         done, _ = await asyncio.wait([publisher], timeout=self._config.publish_timeout_s)
