@@ -466,8 +466,8 @@ async def test_logprobs(workers: Any, make_prompt: Any, temperature: float) -> N
             {"sampling": worker_pb2.SamplingParams(max_tokens=1, logprobs=True, top_logprobs=21)},
             "top_logprobs must be at most 20",
         ),
-        ({"tenant": ""}, "tenant and prefill_address must be set"),
-        ({"prefill_address": ""}, "tenant and prefill_address must be set"),
+        ({"tenant": ""}, "tenant is empty"),
+        ({"prefill_address": ""}, "prefill_address is empty, and this worker has not the role prefill"),
     ],
     ids=["no tokens", "no max_tokens", "over the window", "no such token", "top", "no tenant", "no prefill address"],
 )
