@@ -20,6 +20,7 @@ from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
+from kvferry.deploy.store_settings import disk_options
 
 app = typer.Typer(
     name="kvferry",
@@ -52,7 +53,9 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port of the gateway.")] = None,
     kv_memory: Annotated[str | None, typer.Option(help="Block pool of each decode worker, e.g. 2GiB.")] = None,
     store_memory: Annotated[str | None, typer.Option(help="Memory of the KV store node, e.g. 4GiB.")] = None,
-    redis: Annotated[str | None, typer.Option(help="Keep blocks in this Redis: redis://host:port/db.")] = None,
+    store_disk: Annotated[Path | None, typer.Option(help="Keep blocks under this folder, too.")] = None,
+    store_disk_bytes: Annotated[str | None, typer.Option(help="How many bytes, e.g. 20GiB.")] = None,
+    redis: Annotated[str | None, typer.Option(help="Keep blocks in this Redis, too: redis://host:port/db.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     preset: PresetOption = None,
     threads: Annotated[int | None, typer.Option(min=0, help="Threads of each CPU worker; 0: one a core.")] = None,
@@ -68,7 +71,7 @@ def serve(
         threads=threads,
         gateway={"host": host, "port": port},
         decode={"kv_memory": kv_memory},
-        store={"memory": store_memory, "redis": redis},
+        store={"memory": store_memory, "disk": disk_options(store_disk, store_disk_bytes), "redis": redis},
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     stopping = threading.Event()

@@ -307,7 +307,10 @@ class DiskBackend:
     async def _forget(self, key: bytes, stored: _Stored) -> None:
         if self._index.get(key) is stored:
             self._drop(key)
-            await self._remove_files([stored.name])
+            try:
+                await self._remove_files([stored.name])
+            except StoreUnavailable:
+                self._errors += 1  # it is out of the index, that is enough
 
     async def _remove_files(self, names: Iterable[str]) -> None:
         try:

@@ -36,7 +36,6 @@ class MemoryBackend:
         capacity_bytes: int,
         leases: LeaseTable | None = None,
         max_pinned_share: float = DEFAULT_PINNED_SHARE,
-        on_evict: Callable[[bytes, bytes], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if capacity_bytes < 1:
@@ -44,7 +43,7 @@ class MemoryBackend:
         self._capacity_bytes = capacity_bytes
         self._leases = leases if leases is not None else LeaseTable()
         self._pins = PinTable(capacity_bytes=capacity_bytes, max_share=max_pinned_share)
-        self._on_evict = on_evict
+        self.on_evict: Callable[[bytes, bytes], None] | None = None
         self._clock = clock
         self._records: OrderedDict[bytes, _Kept] = OrderedDict()  # oldest use first
         self._bytes = 0
@@ -174,8 +173,8 @@ class MemoryBackend:
             )
         for key, record in victims:
             self._remove(key)
-            if self._on_evict is not None:
-                self._on_evict(key, record)
+            if self.on_evict is not None:
+                self.on_evict(key, record)
         self._evictions += len(victims)
 
 

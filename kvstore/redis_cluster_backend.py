@@ -197,7 +197,9 @@ class RedisClusterBackend:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
         await asyncio.gather(*(self._close_node(node) for node in self._nodes.values()))
-        await self._cluster.aclose()
+        # Not RedisCluster.aclose, which does nothing before a command has gone through it.
+        for group in ("nodes_cache", "startup_nodes"):
+            await self._cluster.nodes_manager.aclose(group)
 
     async def _scatter(
         self,

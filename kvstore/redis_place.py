@@ -1,15 +1,13 @@
-"""Where a Redis is and how to get in: one server, Sentinels, or the nodes of a cluster."""
+"""Where a Redis is and how to get in: one server, Sentinels, or the nodes of a cluster.
+
+redis-py is imported where it is used, so that a node without Redis does not pay for it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
-
-import redis.asyncio
-import redis.asyncio.sentinel
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 _SCHEMES = ("redis", "rediss", "unix")
 
@@ -70,6 +68,9 @@ class RedisPlace:
 
     def connection_options(self, *, connect_timeout_s: float, op_timeout_s: float) -> dict[str, Any]:
         """What redis-py needs beside the address. Nothing is tried twice."""
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
         options: dict[str, Any] = {
             "socket_connect_timeout": connect_timeout_s,
             "socket_timeout": op_timeout_s,
@@ -87,6 +88,9 @@ class RedisPlace:
 
     def connect(self, *, max_connections: int, connect_timeout_s: float, op_timeout_s: float) -> Any:
         """A redis-py client of the server, or of the master that the Sentinels name. Connects on first use."""
+        import redis.asyncio
+        import redis.asyncio.sentinel
+
         options = self.connection_options(connect_timeout_s=connect_timeout_s, op_timeout_s=op_timeout_s)
         if self.sentinels:
             # Sentinels have passwords of their own, if any: the data's is not sent to them.

@@ -63,6 +63,8 @@ class TieredBackend:
         self._unwritten: set[bytes] = set()  # in memory, and some lower tier did not get it
         self._deletes = 0  # a read that began before a delete must not bring its records back
         self._promoted = 0
+        if memory is not None:
+            memory.on_evict = self._evicted
 
     @property
     def leases(self) -> LeaseTable | None:
@@ -211,8 +213,8 @@ class TieredBackend:
             await self._memory.close()
         self._verifier.close()
 
-    def on_evict(self, key: bytes, record: bytes) -> None:
-        """For the memory tier: takes a record down that a lower tier does not have."""
+    def _evicted(self, key: bytes, record: bytes) -> None:
+        """Takes a record down that leaves memory and that a lower tier does not have."""
         unwritten = key in self._unwritten
         self._unwritten.discard(key)
         disk = self._disk
