@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from kvferry.deploy.cli_bench_store import bench_store_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 bench = typer.Typer(help="Measure, always against a baseline in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+bench.command("store")(bench_store_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 

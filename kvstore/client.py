@@ -108,6 +108,11 @@ class StoreClient:
         self._prober: asyncio.Task[None] | None = None
 
     @property
+    def address(self) -> str:
+        """host:port of the node."""
+        return self._config.address
+
+    @property
     def breaker_state(self) -> BreakerState:
         """CLOSED: the store is used. Otherwise calls fail at once."""
         return self._breaker.state

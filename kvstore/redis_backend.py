@@ -22,8 +22,8 @@ from kvferry.kvstore.lease import LeaseTable
 from kvferry.kvstore.redis_place import RedisPlace
 
 _KEYS_PER_COMMAND = 1024
-# One round trip reads at most about so much, by the sizes of the records seen so far.
 _BYTES_PER_ROUND_TRIP = 32 * MIB
+_WRONG_TYPE = -1
 
 
 class RedisBackend:
@@ -49,7 +49,6 @@ class RedisBackend:
         self._op_timeout_s = op_timeout_s
         self._max_record_bytes = max_record_bytes
         self._place = place.text
-        self._expected_bytes = min(MIB, max_record_bytes)
         self._redis: Any = place.connect(
             max_connections=max_connections, connect_timeout_s=connect_timeout_s, op_timeout_s=op_timeout_s
         )
@@ -67,20 +66,19 @@ class RedisBackend:
     async def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See Backend.get. A value over the limit comes back cut, so damaged.
 
-        Several records a round trip. Each is asked for up to the size of the largest one so far; a longer
-        one is then read alone. So a round trip brings at most about _BYTES_PER_ROUND_TRIP.
+        One round trip for the sizes, then several records in each, _BYTES_PER_ROUND_TRIP at most. GETRANGE would
+        bound them without the first one, but moves records at half of GET's speed.
         """
         records: list[bytes | None] = []
         async with self._errors_mapped("read"):
+            sizes = await self._sizes(keys)
             while len(records) < len(keys):
-                expected = self._expected_bytes
-                batch = keys[len(records) : len(records) + max(1, _BYTES_PER_ROUND_TRIP // expected)]
-                for key, record in zip(batch, await self._get_ranges(batch, expected), strict=True):
-                    if record is not None and len(record) > expected:
-                        (record,) = await self._get_ranges([key], self._max_record_bytes)
-                        if record is not None:
-                            self._expected_bytes = max(expected, min(len(record), self._max_record_bytes))
-                    records.append(record)
+                start, num_bytes = len(records), 0
+                end = start
+                while end < len(keys) and (end == start or num_bytes + sizes[end] <= _BYTES_PER_ROUND_TRIP):
+                    num_bytes += min(sizes[end], self._max_record_bytes)
+                    end += 1
+                records += await self._values(keys[start:end], sizes[start:end])
         return records
 
     async def put(self, key: bytes, record: bytes) -> bool:
@@ -160,22 +158,34 @@ class RedisBackend:
 
     async def close(self) -> None:
         """Closes the connections. Does not touch the records."""
+        # redis-py leaves the Sentinels' own connections open.
+        sentinels = getattr(self._redis.connection_pool, "sentinel_manager", None)
         await self._redis.aclose(close_connection_pool=True)
+        for one in sentinels.sentinels if sentinels is not None else ():
+            await one.aclose(close_connection_pool=True)
 
     def _name(self, key: bytes) -> bytes:
         return self._key_prefix + key
 
-    async def _get_ranges(self, keys: Sequence[bytes], last: int) -> list[bytes | None]:
-        """Bytes 0 to `last` of each value: one more than `last` says that there is more."""
+    async def _sizes(self, keys: Sequence[bytes]) -> list[int]:
+        """Bytes of each value; 0 where there is none, _WRONG_TYPE where it is no string."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for key in keys:
-                # GETRANGE, not GET: a foreign value of 512 MiB must not be loaded to be refused.
-                pipe.getrange(self._name(key), 0, last)
-            # GETRANGE answers an empty string for a missing key.
-            return [
-                b"" if _is_wrong_type(reply) else self._value(reply) or None
-                for reply in await pipe.execute(raise_on_error=False)
-            ]
+                pipe.strlen(self._name(key))
+            replies = await pipe.execute(raise_on_error=False)
+        return [_WRONG_TYPE if _is_wrong_type(reply) else int(self._value(reply) or 0) for reply in replies]
+
+    async def _values(self, keys: Sequence[bytes], sizes: Sequence[int]) -> list[bytes | None]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for key, size in zip(keys, sizes, strict=True):
+                if size > self._max_record_bytes:
+                    # A foreign value of 512 MiB must not be loaded to be refused.
+                    pipe.getrange(self._name(key), 0, self._max_record_bytes)
+                elif size > 0:
+                    pipe.get(self._name(key))
+            replies = iter(await pipe.execute(raise_on_error=False))
+        # A value may have gone, or changed its type, since its size was asked.
+        return [(self._value(next(replies)) or None) if size > 0 else b"" if size < 0 else None for size in sizes]
 
     async def _delete_all(self) -> int:
         deleted = 0

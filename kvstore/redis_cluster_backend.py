@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import redis.asyncio.cluster
 from redis.crc import key_slot
-from redis.exceptions import AskError, ClusterDownError, MovedError, RedisError, TryAgainError
+from redis.exceptions import AskError, ClusterDownError, MovedError, RedisClusterException, RedisError, TryAgainError
 
 from kvferry.kvstore.backend import BackendStats, Page
 from kvferry.kvstore.breaker import Breaker
@@ -86,7 +86,6 @@ class RedisClusterBackend:
         self._cluster: Any = redis.asyncio.cluster.RedisCluster(
             startup_nodes=[redis.asyncio.cluster.ClusterNode(host, port) for host, port in place.nodes()],
             require_full_coverage=False,
-            cluster_error_retry_attempts=0,
             ssl=place.tls is not None,
             **options,
         )
@@ -287,7 +286,10 @@ class RedisClusterBackend:
 
     async def _find_nodes(self) -> None:
         manager = self._cluster.nodes_manager
-        with contextlib.suppress(RedisError, TimeoutError, OSError):  # the old picture stays, or none
+        # RedisClusterException is no RedisError.
+        with contextlib.suppress(
+            RedisError, RedisClusterException, TimeoutError, OSError
+        ):  # the old picture stays, or none
             async with asyncio.timeout(self._op_timeout_s * len(self._place.cluster)):
                 await manager.initialize()
                 self._known = True
