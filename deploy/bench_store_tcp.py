@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import socket
 import struct
-import sys
 import time
 
 from kvferry.kvstore.malloc import tune_malloc
@@ -68,4 +67,4 @@ def _receive(connection: socket.socket, buffer: bytearray) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(serve())
+    serve()

@@ -15,8 +15,9 @@ import grpc
 import grpc.aio
 
 from kvferry.kvstore.breaker import Breaker, BreakerState
+from kvferry.kvstore.client_channel import store_channel_options, translate
 from kvferry.kvstore.codec import Buffer, Record, decode_record
-from kvferry.kvstore.config import DEFAULT_MAX_KEYS, FRAME_BYTES, MAX_MESSAGE_BYTES, ClientConfig
+from kvferry.kvstore.config import DEFAULT_MAX_KEYS, FRAME_BYTES, ClientConfig
 from kvferry.kvstore.errors import (
     BlockCorrupt,
     BlockNotFound,
@@ -41,7 +42,6 @@ from kvferry.kvstore.record_reader import RecordReader
 from kvferry.kvstore.verifier import Verifier
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto import kvstore_pb2_grpc
-from kvferry.proto.grpc_options import Options, channel_options
 
 
 class LookupResult(NamedTuple):
@@ -87,7 +87,7 @@ class StoreClient:
             cool_down_s=config.cool_down_s,
             clock=clock,
         )
-        options = _channel_options()
+        options = store_channel_options()
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(config.address, options=options, interceptors=list(interceptors))
         else:
@@ -298,7 +298,7 @@ class StoreClient:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            translated = _translate(error, self._config.address, exhausted)
+            translated = translate(error, self._config.address, exhausted)
             self._record(translated)
             raise translated from error
         except KVStoreError as error:
@@ -389,27 +389,3 @@ async def _put_frames(key: bytes, record: bytes) -> AsyncIterator[bytes]:
     for start in range(0, len(record), FRAME_BYTES):
         yield encode_put_chunk(view[start : start + FRAME_BYTES])
     yield pb.PutFrame(commit=pb.PutCommit()).SerializeToString()
-
-
-def _translate(error: grpc.aio.AioRpcError, address: str, exhausted: type[KVStoreError]) -> KVStoreError:
-    details = error.details() or "no details"
-    kinds: dict[grpc.StatusCode, type[KVStoreError]] = {
-        grpc.StatusCode.NOT_FOUND: BlockNotFound,
-        grpc.StatusCode.DATA_LOSS: BlockCorrupt,
-        grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-        grpc.StatusCode.RESOURCE_EXHAUSTED: exhausted,
-    }
-    kind = kinds.get(error.code())
-    if kind is not None:
-        return kind(details)
-    return StoreUnavailable(f"the store at {address} answered {error.code().name}: {details}")
-
-
-def _channel_options() -> Options:
-    return [
-        *channel_options(max_receive_bytes=MAX_MESSAGE_BYTES, ping_while_idle=True),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        # One client, one connection: another client's broken one must not fail this one.
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.enable_retries", 0),
-    ]

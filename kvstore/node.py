@@ -24,7 +24,7 @@ from kvferry.proto import kvstore_pb2_grpc
 _log = logging.getLogger(__name__)
 
 # A Get reads this much from the backend at a time (one round trip to Redis), going by the size of
-# the last record. More only holds memory: the wire is slower than the backend.
+# the last record, and holds two such reads. More only holds memory: the wire is slower than the backend.
 _READ_AHEAD_BYTES = 8 * MIB
 _READ_AHEAD_KEYS = 64
 _DEFAULT_PAGE_SIZE = 100
@@ -95,22 +95,30 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
             # No lease, so no Lookup counted this use of the chain.
             await self._backend.contains(keys)
         start, num_ahead = 0, 1
-        while start < len(keys):
-            batch = keys[start : start + num_ahead]
-            records = await self._backend.get(batch)
-            if leases is not None:
-                leases.renew(request.lease_id)
-            for offset, record in enumerate(records):
-                index = start + offset
-                if record is None or not await self._is_intact(keys[index], record):
-                    self.counters.misses += 1
-                    yield pb.GetFrame(index=index, missing=True)
-                    return
-                self.counters.hits += 1
-                for frame in _frames(index, record):
-                    yield frame
-                num_ahead = max(1, min(_READ_AHEAD_BYTES // len(record), _READ_AHEAD_KEYS))
-            start += len(batch)
+        reading = asyncio.ensure_future(self._backend.get(keys[:1]))
+        try:
+            while start < len(keys):
+                records = await reading
+                if leases is not None:
+                    leases.renew(request.lease_id)
+                if records[0]:  # a damaged one may be empty
+                    num_ahead = max(1, min(_READ_AHEAD_BYTES // len(records[0]), _READ_AHEAD_KEYS))
+                end = start + len(records)
+                if end < len(keys) and None not in records:
+                    # The next records come from disk or Redis while these go out.
+                    reading = asyncio.ensure_future(self._backend.get(keys[end : end + num_ahead]))
+                for index, record in enumerate(records, start):
+                    if record is None or not await self._is_intact(keys[index], record):
+                        self.counters.misses += 1
+                        yield pb.GetFrame(index=index, missing=True)
+                        return
+                    self.counters.hits += 1
+                    for frame in _frames(index, record):
+                        yield frame
+                start = end
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     async def Put(self, request_iterator: AsyncIterator[pb.PutFrame | memoryview], context: Any) -> pb.PutReply:
         """Stages, verifies, then makes the record visible with one backend call."""
