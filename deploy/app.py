@@ -32,11 +32,10 @@ from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tok
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
-from kvferry.kvstore.backend import Backend
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
-from kvferry.kvstore.memory_backend import MemoryBackend
 from kvferry.kvstore.server import KVStoreServer
+from kvferry.kvstore.store_config import make_backend
 from kvferry.prefill.config import PrefillConfig
 
 logger = logging.getLogger(__name__)
@@ -54,13 +53,7 @@ class StoreActor:
         _log_to_stderr()
         tune_malloc()
         store = settings.store
-        backend: Backend
-        if store.redis is not None:
-            from kvferry.kvstore.redis_backend import RedisBackend
-
-            backend = RedisBackend(store.redis)
-        else:
-            backend = MemoryBackend(capacity_bytes=store.memory)
+        backend = await asyncio.to_thread(make_backend, store.store_config())
         self._server = KVStoreServer(backend, NodeConfig(host=store.host, port=store.port))
         await self._server.start()
         return self._server.address

@@ -16,6 +16,7 @@ import typer
 from pydantic import ValidationError
 
 from kvferry.deploy.bench_serve.command import bench_serve_command
+from kvferry.deploy.cli_bench_store import bench_store_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.cli_prefill import bench_prefill_command
@@ -23,6 +24,7 @@ from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.prefix.commands import prefix
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
+from kvferry.deploy.store_settings import disk_options
 
 app = typer.Typer(
     name="kvferry",
@@ -39,6 +41,7 @@ bench = typer.Typer(
 app.add_typer(bench, name="bench")
 bench.command("serve")(bench_serve_command)
 bench.command("prefill")(bench_prefill_command)
+bench.command("store")(bench_store_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(prefix, name="prefix")
@@ -62,7 +65,9 @@ def serve(
         str | None, typer.Option(help="Block pool of each decode worker: 2GiB, or 80% of what is free.")
     ] = None,
     store_memory: Annotated[str | None, typer.Option(help="Memory of the KV store node, e.g. 4GiB.")] = None,
-    redis: Annotated[str | None, typer.Option(help="Keep blocks in this Redis: redis://host:port/db.")] = None,
+    store_disk: Annotated[Path | None, typer.Option(help="Keep blocks under this folder, too.")] = None,
+    store_disk_bytes: Annotated[str | None, typer.Option(help="How many bytes, e.g. 20GiB.")] = None,
+    redis: Annotated[str | None, typer.Option(help="Keep blocks in this Redis, too: redis://host:port/db.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     preset: PresetOption = None,
     weights: Annotated[str | None, typer.Option(help="none, or int8: linear layers at half of bf16's memory.")] = None,
@@ -84,7 +89,7 @@ def serve(
         gateway={"host": host, "port": port},
         prefill={"count": 0 if both_roles else None},
         decode={"kv_memory": kv_memory},
-        store={"memory": store_memory, "redis": redis},
+        store={"memory": store_memory, "disk": disk_options(store_disk, store_disk_bytes), "redis": redis},
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     stopping = threading.Event()

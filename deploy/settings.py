@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -19,24 +19,12 @@ from pydantic_settings import (
 )
 
 from kvferry.deploy.memory_size import KVMemory
+from kvferry.deploy.store_settings import Bytes, Port, Section, StoreSettings
 from kvferry.deploy.weight_quantization_names import WeightQuantization
 from kvferry.kernels.presets import DEFAULT_PRESET
-from kvferry.kvstore.size import parse_size
 
 
-def _bytes(value: object) -> object:
-    return parse_size(value) if isinstance(value, str) else value
-
-
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GatewaySettings(_Section):
+class GatewaySettings(Section):
     host: str = "127.0.0.1"
     port: Port = 7600
     max_prompt_bytes: Bytes = 4 * 2**20
@@ -47,15 +35,7 @@ class GatewaySettings(_Section):
     tenant: str = "default"
 
 
-class StoreSettings(_Section):
-    host: str = "127.0.0.1"
-    port: Port = 7700
-    memory: Bytes = 2**30
-    redis: str | None = None
-    """redis://host:port/db: keep records there instead of in this node's memory."""
-
-
-class PrefillSettings(_Section):
+class PrefillSettings(Section):
     host: str = "127.0.0.1"
     port: Port = 7610
     """The first worker's; the next ones count up. 0: any free ports."""
@@ -64,7 +44,7 @@ class PrefillSettings(_Section):
     max_requests: int = Field(64, gt=0)
 
 
-class DecodeSettings(_Section):
+class DecodeSettings(Section):
     host: str = "127.0.0.1"
     port: Port = 7650
     """The first worker's; the next ones count up. 0: any free ports."""
@@ -82,7 +62,11 @@ class Settings(BaseSettings):
     """A deployment on one machine."""
 
     model_config = SettingsConfigDict(
-        env_prefix="KVFERRY_", env_nested_delimiter="__", extra="forbid", env_ignore_empty=True
+        env_prefix="KVFERRY_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        env_ignore_empty=True,
+        hide_input_in_errors=True,  # it may be a password
     )
 
     model: str = "demo"

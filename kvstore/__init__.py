@@ -4,7 +4,7 @@ The Redis backend is not imported here (it needs redis): see `kvferry.kvstore.re
 """
 
 from kvferry.kvstore.backend import Backend, BackendStats
-from kvferry.kvstore.client import ClientCounters, LookupResult, NodeStats, StoreClient
+from kvferry.kvstore.client import ClientCounters, LookupResult, StoreClient
 from kvferry.kvstore.codec import BlockHeader, Record, decode_record, encode_record
 from kvferry.kvstore.config import ClientConfig, NodeConfig
 from kvferry.kvstore.errors import (
@@ -17,6 +17,7 @@ from kvferry.kvstore.errors import (
 )
 from kvferry.kvstore.key import Namespace, block_keys
 from kvferry.kvstore.memory_backend import MemoryBackend
+from kvferry.kvstore.node_answers import ListedRecord, NodeStats, PutManyOutcome
 from kvferry.kvstore.server import KVStoreServer
 
 __all__ = [
@@ -30,11 +31,13 @@ __all__ = [
     "InvalidRequest",
     "KVStoreError",
     "KVStoreServer",
+    "ListedRecord",
     "LookupResult",
     "MemoryBackend",
     "Namespace",
     "NodeConfig",
     "NodeStats",
+    "PutManyOutcome",
     "Record",
     "StoreClient",
     "StoreFull",

@@ -8,13 +8,14 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from kvferry.kvstore.backend import Backend
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
-from kvferry.kvstore.memory_backend import MemoryBackend
+from kvferry.kvstore.redis_place import RedisPlace, RedisTls
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.kvstore.size import parse_size
+from kvferry.kvstore.store_config import DiskConfig, StoreConfig, make_backend
 
 _log = logging.getLogger("kvferry.kvstore")
 
@@ -30,23 +31,62 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kvferry.kvstore", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7700, help="0 lets the system pick one (default: %(default)s)")
-    backend = parser.add_mutually_exclusive_group()
-    backend.add_argument("--memory", type=_size, default=1 << 30, help="capacity in memory (default: 1GiB)")
-    backend.add_argument("--redis", metavar="URL", help="keep the records in this Redis instead")
+    parser.add_argument("--memory", type=_size, help="memory tier (default: 1GiB, with --redis alone none)")
+    parser.add_argument("--disk", type=Path, metavar="FOLDER", help="disk tier: keep records under this folder")
+    parser.add_argument("--disk-bytes", type=_size, help="capacity of the disk tier, e.g. 20GiB")
+    parser.add_argument("--write", choices=("through", "back"), default="through", help="when lower tiers are written")
+    parser.add_argument("--redis", metavar="URL", help="Redis tier: one server, redis://, rediss:// or unix://")
+    parser.add_argument("--redis-cluster", metavar="HOST:PORT,...", help="Redis tier: some nodes of a cluster")
+    parser.add_argument("--redis-sentinel", metavar="HOST:PORT,...", help="Redis tier: Sentinels")
+    parser.add_argument("--redis-service", metavar="NAME", help="the master that the Sentinels watch")
+    parser.add_argument("--redis-user", metavar="NAME", help="ACL user")
+    parser.add_argument("--redis-password-file", type=Path, metavar="FILE", help="file of the ACL user's password")
+    parser.add_argument("--redis-ca", metavar="FILE", help="PEM of the authority of Redis's certificate; turns TLS on")
+    parser.add_argument("--redis-cert", metavar="FILE", help="PEM of the client certificate")
+    parser.add_argument("--redis-key", metavar="FILE", help="PEM of the client certificate's key")
     parser.add_argument("--max-record", type=_size, default=64 << 20, help="largest record (default: 64MiB)")
     parser.add_argument("--grace", type=float, default=5.0, help="seconds for running calls after SIGTERM")
     return parser.parse_args(argv)
 
 
-def _make_backend(arguments: argparse.Namespace) -> tuple[Backend, str]:
-    """The backend and its capacity in words. Raises ValueError for a bad Redis URL."""
-    if arguments.redis is None:
-        return MemoryBackend(capacity_bytes=arguments.memory), f"{arguments.memory} bytes"
-    # Imported here so that a node without Redis does not pay for it.
-    from kvferry.kvstore.redis_backend import RedisBackend
+def _store_config(arguments: argparse.Namespace) -> StoreConfig:
+    """Raises ValueError for what does not go together, OSError for a password file that cannot be read."""
+    if (arguments.disk is None) != (arguments.disk_bytes is None):
+        raise ValueError("--disk and --disk-bytes go together")
+    redis = None
+    if arguments.redis or arguments.redis_cluster or arguments.redis_sentinel:
+        tls = None
+        if arguments.redis_ca or arguments.redis_cert or arguments.redis_key:
+            tls = RedisTls(ca=arguments.redis_ca, cert=arguments.redis_cert, key=arguments.redis_key)
+        redis = RedisPlace(
+            url=arguments.redis,
+            cluster=_addresses(arguments.redis_cluster),
+            sentinels=_addresses(arguments.redis_sentinel),
+            service=arguments.redis_service,
+            user=arguments.redis_user,
+            password=arguments.redis_password_file and arguments.redis_password_file.read_text().strip(),
+            tls=tls,
+        )
+    memory = arguments.memory
+    if memory is None and (redis is None or arguments.disk is not None):
+        memory = StoreConfig.memory_bytes
+    return StoreConfig(
+        memory_bytes=memory,
+        disk=arguments.disk and DiskConfig(folder=arguments.disk, capacity_bytes=arguments.disk_bytes),
+        redis=redis,
+        write=arguments.write,
+        max_record_bytes=arguments.max_record,
+    )
 
-    backend = RedisBackend(arguments.redis, max_record_bytes=arguments.max_record)
-    return backend, "set by Redis"
+
+def _addresses(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",")) if text else ()
+
+
+def _capacity(store: StoreConfig) -> str:
+    if store.memory_bytes is None:
+        return "set by Redis"
+    return f"{store.memory_bytes + (store.disk.capacity_bytes if store.disk else 0)} bytes"
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -56,15 +96,15 @@ async def _serve(arguments: argparse.Namespace) -> None:
         max_record_bytes=arguments.max_record,
         max_staged_bytes=max(NodeConfig.max_staged_bytes, arguments.max_record),
     )
-    backend, capacity = _make_backend(arguments)
+    store = _store_config(arguments)
+    backend = make_backend(store)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     server = KVStoreServer(backend, config)
     await server.start()
-    name = "memory" if arguments.redis is None else "redis"
-    _log.info("serving on %s, backend %s, capacity %s", server.address, name, capacity)
+    _log.info("serving on %s, backend %s, capacity %s", server.address, store.tier_names, _capacity(store))
     await stopping.wait()
     _log.info("draining for at most %s s", arguments.grace)
     await server.stop(arguments.grace)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +15,9 @@ import grpc
 import grpc.aio
 
 from kvferry.kvstore.breaker import Breaker, BreakerState
-from kvferry.kvstore.codec import Record, decode_record
-from kvferry.kvstore.config import DEFAULT_MAX_KEYS, FRAME_BYTES, MAX_MESSAGE_BYTES, ClientConfig
+from kvferry.kvstore.client_channel import store_channel_options, translate
+from kvferry.kvstore.codec import Buffer, Record, decode_record
+from kvferry.kvstore.config import DEFAULT_MAX_KEYS, FRAME_BYTES, ClientConfig
 from kvferry.kvstore.errors import (
     BlockCorrupt,
     BlockNotFound,
@@ -25,12 +26,22 @@ from kvferry.kvstore.errors import (
     StoreFull,
     StoreUnavailable,
 )
+from kvferry.kvstore.frames import encode_put_chunk, parse_get_frame
+from kvferry.kvstore.interceptor import SERVICE_NAME
 from kvferry.kvstore.key import KEY_BYTES
-from kvferry.kvstore.record_stream import RecordAssembler
+from kvferry.kvstore.node_answers import (
+    ListedRecord,
+    NodeStats,
+    PutManyOutcome,
+    listed_record,
+    node_stats,
+    put_many_frames,
+    put_many_outcome,
+)
+from kvferry.kvstore.record_reader import RecordReader
 from kvferry.kvstore.verifier import Verifier
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto import kvstore_pb2_grpc
-from kvferry.proto.grpc_options import Options, channel_options
 
 
 class LookupResult(NamedTuple):
@@ -39,22 +50,6 @@ class LookupResult(NamedTuple):
     num_contiguous: int  # blocks, from the first key on
     lease_id: int  # 0: nothing is leased
     lease_s: float  # granted, counted from the node's answer
-
-
-class NodeStats(NamedTuple):
-    """The node's answer to `stats`; see StatsReply in kvstore.proto."""
-
-    records: int
-    bytes: int
-    capacity_bytes: int
-    lookups: int
-    hits: int
-    misses: int
-    puts: int
-    evictions: int
-    rejected: int
-    corrupt: int
-    backend: str
 
 
 @dataclass
@@ -92,7 +87,7 @@ class StoreClient:
             cool_down_s=config.cool_down_s,
             clock=clock,
         )
-        options = _channel_options()
+        options = store_channel_options()
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(config.address, options=options, interceptors=list(interceptors))
         else:
@@ -100,8 +95,22 @@ class StoreClient:
                 config.address, credentials, options=options, interceptors=list(interceptors)
             )
         self._stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
+        # With codecs of their own; see frames.py.
+        self._get = self._channel.unary_stream(
+            f"/{SERVICE_NAME}/Get",
+            request_serializer=pb.GetRequest.SerializeToString,
+            response_deserializer=parse_get_frame,
+        )
+        self._put = self._channel.stream_unary(
+            f"/{SERVICE_NAME}/Put", request_serializer=bytes, response_deserializer=pb.PutReply.FromString
+        )
         self._verifier = Verifier()
         self._prober: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """host:port of the node."""
+        return self._config.address
 
     @property
     def breaker_state(self) -> BreakerState:
@@ -141,26 +150,25 @@ class StoreClient:
         """
         request = pb.GetRequest(keys=_checked_keys(keys), lease_id=lease_id)
         timeout = self._config.get_timeout_s if timeout_s is None else timeout_s
-        assembler = RecordAssembler(num_keys=len(keys), max_record_bytes=self._config.max_record_bytes)
-        call = None
+        reader = None
         try:
             for index, key in enumerate(keys):
                 with self._answering():
-                    if call is None:
-                        call = self._stub.Get(request, timeout=timeout)
-                    buffer = await self._next_record(call, assembler)
+                    if reader is None:
+                        reader = self._read(self._get(request, timeout=timeout), keys, namespace)
+                    num_bytes, check = await reader.next()
                 try:
-                    record = await self._decode(buffer, key, namespace)
+                    record = await check
                 except BlockCorrupt as error:
                     self.counters.corrupt += 1
-                    call.cancel()
+                    await reader.close()
                     await self._delete_damaged(key)
                     raise BlockCorrupt(f"block {index} of {len(keys)}: {error}") from error
-                self.counters.bytes_read += len(buffer)
+                self.counters.bytes_read += num_bytes
                 yield record
         finally:
-            if call is not None:
-                call.cancel()
+            if reader is not None:
+                await reader.close()
 
     async def put(self, key: bytes, record: bytes, *, timeout_s: float | None = None) -> bool:
         """Stores one encoded record; True when this call stored it, False when it was there.
@@ -175,7 +183,7 @@ class StoreClient:
             )
         timeout = self._config.put_timeout_s if timeout_s is None else timeout_s
         with self._answering(exhausted=StoreFull):
-            reply = await self._stub.Put(_put_frames(key, record), timeout=timeout)
+            reply = await self._put(_put_frames(key, record), timeout=timeout)
         if reply.outcome != pb.PutReply.STORED:
             return False
         self.counters.bytes_written += len(record)
@@ -204,7 +212,60 @@ class StoreClient:
         """Counters and sizes of the node."""
         with self._answering():
             reply = await self._stub.Stats(pb.StatsRequest(), timeout=self._unary_timeout(timeout_s))
-        return NodeStats(**{name: getattr(reply, name) for name in NodeStats._fields})
+        return node_stats(reply)
+
+    async def put_many(
+        self, records: Sequence[tuple[bytes, bytes]], *, timeout_s: float | None = None
+    ) -> list[PutManyOutcome]:
+        """Stores encoded records, given as (key, record); by record, what came of it.
+
+        Small ones go several in a message, in one call; those over 1 MiB one by one. Unlike `put`, a record
+        that is refused raises nothing. Raises StoreUnavailable when the node does not answer: then some of the
+        records may have been stored.
+        """
+        _checked_keys([key for key, _ in records])
+        timeout = self._config.put_timeout_s if timeout_s is None else timeout_s
+        outcomes: dict[int, PutManyOutcome] = {}
+        small = [index for index, (_, record) in enumerate(records) if len(record) <= FRAME_BYTES]
+        if small:
+            with self._answering():
+                reply = await self._stub.PutMany(put_many_frames([records[i] for i in small]), timeout=timeout)
+                if len(reply.outcomes) != len(small):
+                    raise StoreUnavailable("the node did not say what came of every record")
+            outcomes = {index: put_many_outcome(told) for index, told in zip(small, reply.outcomes, strict=True)}
+        for index, (key, record) in enumerate(records):
+            if outcomes.get(index) is PutManyOutcome.STORED:
+                self.counters.bytes_written += len(record)
+            elif index not in outcomes:
+                outcomes[index] = await self._put_one(key, record, timeout)
+        return [outcomes[index] for index in range(len(records))]
+
+    async def pin(self, keys: Sequence[bytes], *, timeout_s: float | None = None) -> list[bool]:
+        """Keeps records from eviction until `unpin`; by key, whether it is pinned now.
+
+        False where the record is not in the store, or the pins' share of the node is used up. Raises
+        InvalidRequest when the node's backend cannot pin.
+        """
+        return await self._pin(keys, unpin=False, timeout_s=timeout_s)
+
+    async def unpin(self, keys: Sequence[bytes], *, timeout_s: float | None = None) -> list[bool]:
+        """Ends pins; by key, whether there was one."""
+        return await self._pin(keys, unpin=True, timeout_s=timeout_s)
+
+    async def list_records(self, *, page_size: int = 0, timeout_s: float | None = None) -> AsyncGenerator[ListedRecord]:
+        """Every record of the node, page by page, tier by tier; one that two tiers hold comes twice."""
+        token = b""
+        while True:
+            request = pb.ListRequest(page_token=token, page_size=page_size)
+            with self._answering():
+                reply = await self._stub.List(
+                    request, timeout=self._config.put_timeout_s if timeout_s is None else timeout_s
+                )
+            for entry in reply.entries:
+                yield listed_record(entry)
+            token = reply.next_page_token
+            if not token:
+                return
 
     async def close(self) -> None:
         """Cancels running calls and closes the connection. Safe to call twice."""
@@ -237,7 +298,7 @@ class StoreClient:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            translated = _translate(error, self._config.address, exhausted)
+            translated = translate(error, self._config.address, exhausted)
             self._record(translated)
             raise translated from error
         except KVStoreError as error:
@@ -272,30 +333,42 @@ class StoreClient:
             else:
                 self._breaker.record_success()
 
-    async def _next_record(self, call: Any, assembler: RecordAssembler) -> bytes:
-        while True:
-            try:
-                async with asyncio.timeout(self._config.progress_timeout_s):
-                    frame = await call.read()
-            except TimeoutError:
-                raise StoreUnavailable(
-                    f"the store at {self._config.address} sent nothing for {self._config.progress_timeout_s} s"
-                ) from None
-            if frame is grpc.aio.EOF:
-                raise StoreUnavailable("the node's stream ended before its last record")
-            buffer = assembler.add(frame)
-            if buffer is not None:
-                return buffer
+    def _read(self, call: Any, keys: Sequence[bytes], namespace: bytes) -> RecordReader:
+        def check(buffer: Buffer, key: bytes) -> Awaitable[Record]:
+            decode = partial(
+                decode_record,
+                buffer,
+                expected_key=key,
+                expected_namespace=namespace,
+                max_record_bytes=self._config.max_record_bytes,
+            )
+            return self._verifier.run(len(buffer), decode)
 
-    async def _decode(self, buffer: bytes, key: bytes, namespace: bytes) -> Record:
-        check = partial(
-            decode_record,
-            buffer,
-            expected_key=key,
-            expected_namespace=namespace,
+        return RecordReader(
+            call,
+            keys,
+            check,
             max_record_bytes=self._config.max_record_bytes,
+            progress_timeout_s=self._config.progress_timeout_s,
         )
-        return await self._verifier.run(len(buffer), check)
+
+    async def _put_one(self, key: bytes, record: bytes, timeout_s: float) -> PutManyOutcome:
+        try:
+            stored = await self.put(key, record, timeout_s=timeout_s)
+        except StoreFull:
+            return PutManyOutcome.FULL
+        except BlockCorrupt:
+            return PutManyOutcome.CORRUPT
+        return PutManyOutcome.STORED if stored else PutManyOutcome.EXISTED
+
+    async def _pin(self, keys: Sequence[bytes], *, unpin: bool, timeout_s: float | None) -> list[bool]:
+        request = pb.PinRequest(keys=_checked_keys(keys), unpin=unpin)
+        timeout = self._config.put_timeout_s if timeout_s is None else timeout_s
+        with self._answering():
+            reply = await self._stub.Pin(request, timeout=timeout)
+            if len(reply.changed) != len(keys):
+                raise StoreUnavailable("the node did not say what came of every key")
+        return list(reply.changed)
 
     async def _delete_damaged(self, key: bytes) -> None:
         with suppress(StoreUnavailable):  # then the next reader finds it damaged again
@@ -310,32 +383,9 @@ def _checked_keys(keys: Sequence[bytes]) -> list[bytes]:
     return list(keys)
 
 
-async def _put_frames(key: bytes, record: bytes) -> AsyncIterator[pb.PutFrame]:
-    yield pb.PutFrame(begin=pb.PutBegin(key=key, record_bytes=len(record)))
+async def _put_frames(key: bytes, record: bytes) -> AsyncIterator[bytes]:
+    yield pb.PutFrame(begin=pb.PutBegin(key=key, record_bytes=len(record))).SerializeToString()
+    view = memoryview(record)
     for start in range(0, len(record), FRAME_BYTES):
-        yield pb.PutFrame(chunk=record[start : start + FRAME_BYTES])
-    yield pb.PutFrame(commit=pb.PutCommit())
-
-
-def _translate(error: grpc.aio.AioRpcError, address: str, exhausted: type[KVStoreError]) -> KVStoreError:
-    details = error.details() or "no details"
-    kinds: dict[grpc.StatusCode, type[KVStoreError]] = {
-        grpc.StatusCode.NOT_FOUND: BlockNotFound,
-        grpc.StatusCode.DATA_LOSS: BlockCorrupt,
-        grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-        grpc.StatusCode.RESOURCE_EXHAUSTED: exhausted,
-    }
-    kind = kinds.get(error.code())
-    if kind is not None:
-        return kind(details)
-    return StoreUnavailable(f"the store at {address} answered {error.code().name}: {details}")
-
-
-def _channel_options() -> Options:
-    return [
-        *channel_options(max_receive_bytes=MAX_MESSAGE_BYTES, ping_while_idle=True),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        # One client, one connection: another client's broken one must not fail this one.
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.enable_retries", 0),
-    ]
+        yield encode_put_chunk(view[start : start + FRAME_BYTES])
+    yield pb.PutFrame(commit=pb.PutCommit()).SerializeToString()

@@ -120,6 +120,22 @@ def verify_record(buffer: Buffer, key: bytes, *, max_record_bytes: int = DEFAULT
     return _verify(buffer, key, max_record_bytes)[1]
 
 
+def peek_header(head: bytes, *, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES) -> BlockHeader | None:
+    """What the first bytes of a record say of its block, unverified; None when they are no header."""
+    try:
+        return _read_header(memoryview(head), max_record_bytes)
+    except BlockCorrupt:
+        return None
+
+
+def record_size(head: bytes, key: bytes) -> int | None:
+    """How long the record that starts with `head` must be; None when it is not one of this key."""
+    header = peek_header(head, max_record_bytes=_U32_MAX)
+    if header is None or header.key != key:
+        return None
+    return len(_encode_prefix(header, header.checksum)) + header.payload_bytes
+
+
 def _verify(buffer: Buffer, key: bytes, max_record_bytes: int) -> tuple[memoryview, BlockHeader, int]:
     view = memoryview(buffer).cast("B").toreadonly()
     if view.nbytes > max_record_bytes:

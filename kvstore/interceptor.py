@@ -18,6 +18,7 @@ from kvferry.kvstore.errors import (
     StoreFull,
     StoreUnavailable,
 )
+from kvferry.kvstore.frames import parse_put_frame, serialize_get_frame
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ STATUS_CODES: dict[type[KVStoreError], grpc.StatusCode] = {
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps KVStoreError to its status; anything else is logged here and told as INTERNAL.
 
-    Also ends a server stream whose client takes no message for `stalled_reader_s`.
+    Also gives Get and Put their own codecs (see frames.py), and ends a server stream whose client takes no
+    message for `stalled_reader_s`.
     """
 
     def __init__(self, *, stalled_reader_s: float) -> None:
@@ -54,6 +56,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
+        method = handler_call_details.method.rpartition("/")[2]
+        if method == "Get":
+            codecs["response_serializer"] = serialize_get_frame
+        elif method == "Put":
+            codecs["request_deserializer"] = parse_put_frame
         if handler.request_streaming:
             behavior = self._wrap_unary_response(handler.stream_unary)
             return grpc.stream_unary_rpc_method_handler(behavior, **codecs)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from kvferry.kvstore.backend import Backend
-from kvferry.kvstore.codec import verify_record
+from kvferry.kvstore.backend import Backend, BackendStats
+from kvferry.kvstore.codec import peek_header, verify_record
 from kvferry.kvstore.config import FRAME_BYTES, MIB, NodeConfig
-from kvferry.kvstore.errors import BlockCorrupt, InvalidRequest, StoreFull
+from kvferry.kvstore.errors import BlockCorrupt, InvalidRequest, StoreFull, StoreUnavailable
+from kvferry.kvstore.frames import encode_get_frame
 from kvferry.kvstore.key import KEY_BYTES
 from kvferry.kvstore.staging import StagedRecord, Staging
 from kvferry.kvstore.verifier import Verifier
@@ -22,9 +24,11 @@ from kvferry.proto import kvstore_pb2_grpc
 _log = logging.getLogger(__name__)
 
 # A Get reads this much from the backend at a time (one round trip to Redis), going by the size of
-# the last record. More only holds memory: the wire is slower than the backend.
+# the last record, and holds two such reads. More only holds memory: the wire is slower than the backend.
 _READ_AHEAD_BYTES = 8 * MIB
 _READ_AHEAD_KEYS = 64
+_DEFAULT_PAGE_SIZE = 100
+_MAX_PAGE_SIZE = 1000
 
 
 @dataclass
@@ -81,7 +85,9 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
             return pb.LookupReply(num_contiguous=num_contiguous)
         return pb.LookupReply(num_contiguous=num_contiguous, lease_id=lease_id, lease_ms=int(lease_s * 1000))
 
-    async def Get(self, request: pb.GetRequest, context: Any) -> AsyncIterator[pb.GetFrame]:
+    async def Get(  # type: ignore[override]  # some frames come encoded; see ErrorInterceptor
+        self, request: pb.GetRequest, context: Any
+    ) -> AsyncIterator[pb.GetFrame | bytes]:
         """Streams verified records; a damaged one is deleted and reported as missing."""
         keys = self._checked_keys(request.keys)
         leases = self._backend.leases
@@ -89,24 +95,32 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
             # No lease, so no Lookup counted this use of the chain.
             await self._backend.contains(keys)
         start, num_ahead = 0, 1
-        while start < len(keys):
-            batch = keys[start : start + num_ahead]
-            records = await self._backend.get(batch)
-            if leases is not None:
-                leases.renew(request.lease_id)
-            for offset, record in enumerate(records):
-                index = start + offset
-                if record is None or not await self._is_intact(keys[index], record):
-                    self.counters.misses += 1
-                    yield pb.GetFrame(index=index, missing=True)
-                    return
-                self.counters.hits += 1
-                for frame in _frames(index, record):
-                    yield frame
-                num_ahead = max(1, min(_READ_AHEAD_BYTES // len(record), _READ_AHEAD_KEYS))
-            start += len(batch)
+        reading = asyncio.ensure_future(self._backend.get(keys[:1]))
+        try:
+            while start < len(keys):
+                records = await reading
+                if leases is not None:
+                    leases.renew(request.lease_id)
+                if records[0]:  # a damaged one may be empty
+                    num_ahead = max(1, min(_READ_AHEAD_BYTES // len(records[0]), _READ_AHEAD_KEYS))
+                end = start + len(records)
+                if end < len(keys) and None not in records:
+                    # The next records come from disk or Redis while these go out.
+                    reading = asyncio.ensure_future(self._backend.get(keys[end : end + num_ahead]))
+                for index, record in enumerate(records, start):
+                    if record is None or not await self._is_intact(keys[index], record):
+                        self.counters.misses += 1
+                        yield pb.GetFrame(index=index, missing=True)
+                        return
+                    self.counters.hits += 1
+                    for frame in _frames(index, record):
+                        yield frame
+                start = end
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
-    async def Put(self, request_iterator: AsyncIterator[pb.PutFrame], context: Any) -> pb.PutReply:
+    async def Put(self, request_iterator: AsyncIterator[pb.PutFrame | memoryview], context: Any) -> pb.PutReply:
         """Stages, verifies, then makes the record visible with one backend call."""
         try:
             stored = await self._put(request_iterator)
@@ -117,6 +131,46 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
             return pb.PutReply(outcome=pb.PutReply.EXISTED)
         self.counters.puts += 1
         return pb.PutReply(outcome=pb.PutReply.STORED)
+
+    async def PutMany(self, request_iterator: AsyncIterator[pb.PutManyFrame], context: Any) -> pb.PutManyReply:
+        """Stores record by record; what one of them meets does not touch the others."""
+        outcomes: list[pb.PutManyReply.Outcome.ValueType] = []
+        timeout_s = self._config.staging_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for frame in request_iterator:
+                    if len(outcomes) + len(frame.records) > self._config.max_keys_per_request:
+                        raise InvalidRequest(f"a call puts at most {self._config.max_keys_per_request} records")
+                    outcomes += await self._put_frame([(one.key, one.record) for one in frame.records])
+        except TimeoutError:
+            raise InvalidRequest(
+                f"the records did not all come within {timeout_s} s; those that came were stored"
+            ) from None
+        return pb.PutManyReply(outcomes=outcomes)
+
+    async def Pin(self, request: pb.PinRequest, context: Any) -> pb.PinReply:
+        """Pins or unpins; says by key what came of it."""
+        keys = self._checked_keys(request.keys)
+        changed = await (self._backend.unpin(keys) if request.unpin else self._backend.pin(keys))
+        return pb.PinReply(changed=changed)
+
+    async def List(self, request: pb.ListRequest, context: Any) -> pb.ListReply:
+        """One page of the backend's listing, with what the records' headers say."""
+        if request.page_size > _MAX_PAGE_SIZE:
+            raise InvalidRequest(f"page_size must be at most {_MAX_PAGE_SIZE}, not {request.page_size}")
+        page = await self._backend.page(request.page_token, request.page_size or _DEFAULT_PAGE_SIZE)
+        reply = pb.ListReply(next_page_token=page.next_cursor)
+        for entry in page.entries:
+            told = reply.entries.add(
+                key=entry.key, record_bytes=entry.record_bytes, tier=entry.tier, pinned=entry.pinned
+            )
+            if entry.age_s is not None:
+                told.age_s = entry.age_s
+            header = peek_header(entry.head, max_record_bytes=self._config.max_record_bytes)
+            if header is not None:
+                told.num_tokens, told.block_index = header.num_tokens, header.block_index
+                told.namespace = header.namespace
+        return reply
 
     async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseReply:
         """Ends a lease; unknown ones are ignored."""
@@ -144,11 +198,46 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
             puts=self.counters.puts,
             evictions=backend.evictions,
             rejected=self.counters.rejected,
-            corrupt=self.counters.corrupt,
+            corrupt=self.counters.corrupt + backend.corrupt,
             backend=backend.name,
+            tiers=[_tier_stats(tier) for tier in backend.tiers or (backend,)],
         )
 
-    async def _put(self, frames: AsyncIterator[pb.PutFrame]) -> bool:
+    async def _put_frame(self, records: list[tuple[bytes, bytes]]) -> list[pb.PutManyReply.Outcome.ValueType]:
+        """One frame of PutMany. All its checks are one hop to another thread."""
+        num_bytes = sum(len(record) for _, record in records)
+        if not records or num_bytes > FRAME_BYTES:
+            raise InvalidRequest(f"a frame holds 1 or more records of {FRAME_BYTES} bytes together, at most")
+        self._checked_keys([key for key, _ in records])
+
+        def check() -> list[bool]:
+            return [self._passes(key, record) for key, record in records]
+
+        outcomes: list[pb.PutManyReply.Outcome.ValueType] = []
+        with self._staging.stage(records[0][0], num_bytes):
+            for (key, record), intact in zip(records, await self._verifier.run(num_bytes, check), strict=True):
+                outcomes.append(await self._put_checked(key, record) if intact else pb.PutManyReply.CORRUPT)
+        self.counters.puts += outcomes.count(pb.PutManyReply.STORED)
+        self.counters.rejected += outcomes.count(pb.PutManyReply.FULL) + outcomes.count(pb.PutManyReply.CORRUPT)
+        return outcomes
+
+    async def _put_checked(self, key: bytes, record: bytes) -> pb.PutManyReply.Outcome.ValueType:
+        if (await self._backend.contains([key]))[0]:
+            return pb.PutManyReply.EXISTED
+        try:
+            stored = await self._backend.put(key, record)
+        except StoreFull:
+            return pb.PutManyReply.FULL
+        return pb.PutManyReply.STORED if stored else pb.PutManyReply.EXISTED
+
+    def _passes(self, key: bytes, record: bytes) -> bool:
+        try:
+            verify_record(record, key, max_record_bytes=self._config.max_record_bytes)
+        except BlockCorrupt:
+            return False
+        return True
+
+    async def _put(self, frames: AsyncIterator[pb.PutFrame | memoryview]) -> bool:
         timeout_s = self._config.staging_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -167,13 +256,16 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
             ) from None
 
     async def _is_intact(self, key: bytes, record: bytes) -> bool:
+        if self._backend.hands_out_verified:
+            return True  # the client checks it again, on the other side of the wire
         check = partial(verify_record, record, key, max_record_bytes=self._config.max_record_bytes)
         try:
             await self._verifier.run(len(record), check)
         except BlockCorrupt as error:
             self.counters.corrupt += 1
-            _log.warning("deleted a damaged record: %s", error)
-            await self._backend.delete([key])
+            _log.warning("deleting a damaged record: %s", error)
+            with contextlib.suppress(StoreUnavailable):  # then the next reader finds it damaged again
+                await self._backend.delete([key])
             return False
         return True
 
@@ -185,8 +277,8 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
             raise InvalidRequest(f"every key must be {KEY_BYTES} bytes")
         return list(keys)
 
-    def _checked_begin(self, frame: pb.PutFrame | None) -> tuple[bytes, int]:
-        if frame is None or frame.WhichOneof("frame") != "begin":
+    def _checked_begin(self, frame: pb.PutFrame | memoryview | None) -> tuple[bytes, int]:
+        if frame is None or isinstance(frame, memoryview) or frame.WhichOneof("frame") != "begin":
             raise InvalidRequest("a put must start with a begin frame")
         key, record_bytes = frame.begin.key, frame.begin.record_bytes
         if len(key) != KEY_BYTES:
@@ -200,9 +292,12 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
         return key, record_bytes
 
 
-async def _receive(frames: AsyncIterator[pb.PutFrame], staged: StagedRecord) -> None:
+async def _receive(frames: AsyncIterator[pb.PutFrame | memoryview], staged: StagedRecord) -> None:
     """Appends chunks until the commit frame. Raises InvalidRequest when it does not come."""
     async for frame in frames:
+        if isinstance(frame, memoryview):
+            staged.append(frame)
+            continue
         kind = frame.WhichOneof("frame")
         if kind == "commit":
             return
@@ -212,10 +307,12 @@ async def _receive(frames: AsyncIterator[pb.PutFrame], staged: StagedRecord) -> 
     raise InvalidRequest("the put ended without a commit; nothing was stored")
 
 
-def _frames(index: int, record: bytes) -> Iterator[pb.GetFrame]:
+def _frames(index: int, record: bytes) -> Iterator[bytes]:
+    view = memoryview(record)
     for start in range(0, len(record), FRAME_BYTES):
-        yield pb.GetFrame(
-            index=index,
-            record_bytes=len(record) if start == 0 else 0,
-            chunk=record[start : start + FRAME_BYTES],
-        )
+        yield encode_get_frame(index, len(record) if start == 0 else 0, view[start : start + FRAME_BYTES])
+
+
+def _tier_stats(stats: BackendStats) -> pb.TierStats:
+    fields = [field.name for field in pb.TierStats.DESCRIPTOR.fields]
+    return pb.TierStats(**{name: getattr(stats, name) for name in fields})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvferry.kvstore.errors import BlockCorrupt, BlockNotFound, InvalidRequest
-from kvferry.proto import kvstore_pb2 as pb
+from kvferry.kvstore.frames import GetChunk
 
 
 class RecordAssembler:
@@ -15,15 +15,15 @@ class RecordAssembler:
         self._index = 0
         self._record_bytes = 0
         self._received = 0
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | memoryview] = []
 
-    def add(self, frame: pb.GetFrame) -> bytes | None:
+    def add(self, frame: GetChunk) -> bytes | memoryview | None:
         """The record that this frame completes, or None while it is incomplete.
 
         Raises BlockNotFound for a missing key, InvalidRequest for a record over the limit and
         BlockCorrupt for frames that do not fit together.
         """
-        if frame.index != self._index or self._index >= self._num_keys:
+        if frame.block != self._index or self._index >= self._num_keys:
             raise BlockCorrupt("the node sent frames of another block than the one that is due")
         if frame.missing:
             raise BlockNotFound(

@@ -16,9 +16,9 @@ class StagedRecord:
         self.key = key
         self._record_bytes = record_bytes
         self._received = 0
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | memoryview] = []
 
-    def append(self, chunk: bytes) -> None:
+    def append(self, chunk: bytes | memoryview) -> None:
         """Adds the next chunk. Raises InvalidRequest when it is too long or one too many."""
         if len(chunk) > FRAME_BYTES:
             raise InvalidRequest(f"a chunk must be at most {FRAME_BYTES} bytes, not {len(chunk)}")

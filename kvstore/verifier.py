@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -14,10 +15,11 @@ INLINE_BYTES = 256 << 10
 
 
 class Verifier:
-    """One thread of its own: the loop's default executor may be full of other people's work."""
+    """Threads of its own: the loop's default executor may be full of other people's work."""
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvstore-verify")
+        threads = min(4, os.cpu_count() or 1)
+        self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="kvstore-verify")
 
     async def run(self, num_bytes: int, check: Callable[[], _T]) -> _T:
         """The result of `check`, which hashes `num_bytes` bytes (hashlib releases the GIL)."""
@@ -26,5 +28,5 @@ class Verifier:
         return await asyncio.get_running_loop().run_in_executor(self._executor, check)
 
     def close(self) -> None:
-        """Lets the thread end once its current check is done."""
+        """Lets the threads end once their current checks are done."""
         self._executor.shutdown(wait=False, cancel_futures=True)

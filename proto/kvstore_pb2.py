@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvferry/proto/kvstore.proto\x12\x12kvferry.kvstore.v1\"/\n\rLookupRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"I\n\x0bLookupReply\x12\x16\n\x0enum_contiguous\x18\x01 \x01(\r\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\",\n\nGetRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\"O\n\x08GetFrame\x12\r\n\x05index\x18\x01 \x01(\r\x12\x14\n\x0crecord_bytes\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12\x0f\n\x07missing\x18\x04 \x01(\x08\"\x84\x01\n\x08PutFrame\x12-\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x1c.kvferry.kvstore.v1.PutBeginH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12/\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x1d.kvferry.kvstore.v1.PutCommitH\x00\x42\x07\n\x05\x66rame\"-\n\x08PutBegin\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x14\n\x0crecord_bytes\x18\x02 \x01(\x04\"\x0b\n\tPutCommit\"~\n\x08PutReply\x12\x35\n\x07outcome\x18\x01 \x01(\x0e\x32$.kvferry.kvstore.v1.PutReply.Outcome\";\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\n\n\x06STORED\x10\x01\x12\x0b\n\x07\x45XISTED\x10\x02\"\"\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\x0e\n\x0cReleaseReply\"*\n\rDeleteRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\"\x1e\n\x0b\x44\x65leteReply\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x04\"\x0e\n\x0cStatsRequest\"\xc8\x01\n\nStatsReply\x12\x0f\n\x07records\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07lookups\x18\x04 \x01(\x04\x12\x0c\n\x04hits\x18\x05 \x01(\x04\x12\x0e\n\x06misses\x18\x06 \x01(\x04\x12\x0c\n\x04puts\x18\x07 \x01(\x04\x12\x11\n\tevictions\x18\x08 \x01(\x04\x12\x10\n\x08rejected\x18\t \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\n \x01(\t\x12\x0f\n\x07\x63orrupt\x18\x0b \x01(\x04\x32\xcd\x03\n\x07KVStore\x12L\n\x06Lookup\x12!.kvferry.kvstore.v1.LookupRequest\x1a\x1f.kvferry.kvstore.v1.LookupReply\x12\x45\n\x03Get\x12\x1e.kvferry.kvstore.v1.GetRequest\x1a\x1c.kvferry.kvstore.v1.GetFrame0\x01\x12\x43\n\x03Put\x12\x1c.kvferry.kvstore.v1.PutFrame\x1a\x1c.kvferry.kvstore.v1.PutReply(\x01\x12O\n\x07Release\x12\".kvferry.kvstore.v1.ReleaseRequest\x1a .kvferry.kvstore.v1.ReleaseReply\x12L\n\x06\x44\x65lete\x12!.kvferry.kvstore.v1.DeleteRequest\x1a\x1f.kvferry.kvstore.v1.DeleteReply\x12I\n\x05Stats\x12 .kvferry.kvstore.v1.StatsRequest\x1a\x1e.kvferry.kvstore.v1.StatsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvferry/proto/kvstore.proto\x12\x12kvferry.kvstore.v1\"/\n\rLookupRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"I\n\x0bLookupReply\x12\x16\n\x0enum_contiguous\x18\x01 \x01(\r\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\",\n\nGetRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\"O\n\x08GetFrame\x12\r\n\x05index\x18\x01 \x01(\r\x12\x14\n\x0crecord_bytes\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12\x0f\n\x07missing\x18\x04 \x01(\x08\"\x84\x01\n\x08PutFrame\x12-\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x1c.kvferry.kvstore.v1.PutBeginH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12/\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x1d.kvferry.kvstore.v1.PutCommitH\x00\x42\x07\n\x05\x66rame\"-\n\x08PutBegin\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x14\n\x0crecord_bytes\x18\x02 \x01(\x04\"\x0b\n\tPutCommit\"~\n\x08PutReply\x12\x35\n\x07outcome\x18\x01 \x01(\x0e\x32$.kvferry.kvstore.v1.PutReply.Outcome\";\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\n\n\x06STORED\x10\x01\x12\x0b\n\x07\x45XISTED\x10\x02\"@\n\x0cPutManyFrame\x12\x30\n\x07records\x18\x01 \x03(\x0b\x32\x1f.kvferry.kvstore.v1.WholeRecord\"*\n\x0bWholeRecord\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0e\n\x06record\x18\x02 \x01(\x0c\"\x9e\x01\n\x0cPutManyReply\x12:\n\x08outcomes\x18\x01 \x03(\x0e\x32(.kvferry.kvstore.v1.PutManyReply.Outcome\"R\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\n\n\x06STORED\x10\x01\x12\x0b\n\x07\x45XISTED\x10\x02\x12\x08\n\x04\x46ULL\x10\x03\x12\x0b\n\x07\x43ORRUPT\x10\x04\")\n\nPinRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\r\n\x05unpin\x18\x02 \x01(\x08\"\x1b\n\x08PinReply\x12\x0f\n\x07\x63hanged\x18\x01 \x03(\x08\"4\n\x0bListRequest\x12\x12\n\npage_token\x18\x01 \x01(\x0c\x12\x11\n\tpage_size\x18\x02 \x01(\r\"\xa6\x01\n\tListEntry\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x14\n\x0crecord_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04tier\x18\x03 \x01(\t\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x12\n\x05\x61ge_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\x12\x13\n\x0b\x62lock_index\x18\x07 \x01(\r\x12\x11\n\tnamespace\x18\x08 \x01(\x0c\x42\x08\n\x06_age_s\"T\n\tListReply\x12.\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1d.kvferry.kvstore.v1.ListEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\x0c\"\"\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\x0e\n\x0cReleaseReply\"*\n\rDeleteRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\"\x1e\n\x0b\x44\x65leteReply\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x04\"\x0e\n\x0cStatsRequest\"\xf6\x01\n\nStatsReply\x12\x0f\n\x07records\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07lookups\x18\x04 \x01(\x04\x12\x0c\n\x04hits\x18\x05 \x01(\x04\x12\x0e\n\x06misses\x18\x06 \x01(\x04\x12\x0c\n\x04puts\x18\x07 \x01(\x04\x12\x11\n\tevictions\x18\x08 \x01(\x04\x12\x10\n\x08rejected\x18\t \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\n \x01(\t\x12\x0f\n\x07\x63orrupt\x18\x0b \x01(\x04\x12,\n\x05tiers\x18\x0c \x03(\x0b\x32\x1d.kvferry.kvstore.v1.TierStats\"\x80\x02\n\tTierStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07records\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x04 \x01(\x04\x12\x11\n\tevictions\x18\x05 \x01(\x04\x12\x14\n\x0cpinned_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04hits\x18\x07 \x01(\x04\x12\x0e\n\x06misses\x18\x08 \x01(\x04\x12\x0f\n\x07\x63orrupt\x18\t \x01(\x04\x12\x0e\n\x06\x65rrors\x18\n \x01(\x04\x12\x0f\n\x07refused\x18\x0b \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x0c \x01(\x04\x12\x10\n\x08promoted\x18\r \x01(\x04\x12\x11\n\tavailable\x18\x0e \x01(\x08\x32\xab\x05\n\x07KVStore\x12L\n\x06Lookup\x12!.kvferry.kvstore.v1.LookupRequest\x1a\x1f.kvferry.kvstore.v1.LookupReply\x12\x45\n\x03Get\x12\x1e.kvferry.kvstore.v1.GetRequest\x1a\x1c.kvferry.kvstore.v1.GetFrame0\x01\x12\x43\n\x03Put\x12\x1c.kvferry.kvstore.v1.PutFrame\x1a\x1c.kvferry.kvstore.v1.PutReply(\x01\x12O\n\x07PutMany\x12 .kvferry.kvstore.v1.PutManyFrame\x1a .kvferry.kvstore.v1.PutManyReply(\x01\x12\x43\n\x03Pin\x12\x1e.kvferry.kvstore.v1.PinRequest\x1a\x1c.kvferry.kvstore.v1.PinReply\x12\x46\n\x04List\x12\x1f.kvferry.kvstore.v1.ListRequest\x1a\x1d.kvferry.kvstore.v1.ListReply\x12O\n\x07Release\x12\".kvferry.kvstore.v1.ReleaseRequest\x1a .kvferry.kvstore.v1.ReleaseReply\x12L\n\x06\x44\x65lete\x12!.kvferry.kvstore.v1.DeleteRequest\x1a\x1f.kvferry.kvstore.v1.DeleteReply\x12I\n\x05Stats\x12 .kvferry.kvstore.v1.StatsRequest\x1a\x1e.kvferry.kvstore.v1.StatsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,18 +49,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUTREPLY']._serialized_end=623
   _globals['_PUTREPLY_OUTCOME']._serialized_start=564
   _globals['_PUTREPLY_OUTCOME']._serialized_end=623
-  _globals['_RELEASEREQUEST']._serialized_start=625
-  _globals['_RELEASEREQUEST']._serialized_end=659
-  _globals['_RELEASEREPLY']._serialized_start=661
-  _globals['_RELEASEREPLY']._serialized_end=675
-  _globals['_DELETEREQUEST']._serialized_start=677
-  _globals['_DELETEREQUEST']._serialized_end=719
-  _globals['_DELETEREPLY']._serialized_start=721
-  _globals['_DELETEREPLY']._serialized_end=751
-  _globals['_STATSREQUEST']._serialized_start=753
-  _globals['_STATSREQUEST']._serialized_end=767
-  _globals['_STATSREPLY']._serialized_start=770
-  _globals['_STATSREPLY']._serialized_end=970
-  _globals['_KVSTORE']._serialized_start=973
-  _globals['_KVSTORE']._serialized_end=1434
+  _globals['_PUTMANYFRAME']._serialized_start=625
+  _globals['_PUTMANYFRAME']._serialized_end=689
+  _globals['_WHOLERECORD']._serialized_start=691
+  _globals['_WHOLERECORD']._serialized_end=733
+  _globals['_PUTMANYREPLY']._serialized_start=736
+  _globals['_PUTMANYREPLY']._serialized_end=894
+  _globals['_PUTMANYREPLY_OUTCOME']._serialized_start=812
+  _globals['_PUTMANYREPLY_OUTCOME']._serialized_end=894
+  _globals['_PINREQUEST']._serialized_start=896
+  _globals['_PINREQUEST']._serialized_end=937
+  _globals['_PINREPLY']._serialized_start=939
+  _globals['_PINREPLY']._serialized_end=966
+  _globals['_LISTREQUEST']._serialized_start=968
+  _globals['_LISTREQUEST']._serialized_end=1020
+  _globals['_LISTENTRY']._serialized_start=1023
+  _globals['_LISTENTRY']._serialized_end=1189
+  _globals['_LISTREPLY']._serialized_start=1191
+  _globals['_LISTREPLY']._serialized_end=1275
+  _globals['_RELEASEREQUEST']._serialized_start=1277
+  _globals['_RELEASEREQUEST']._serialized_end=1311
+  _globals['_RELEASEREPLY']._serialized_start=1313
+  _globals['_RELEASEREPLY']._serialized_end=1327
+  _globals['_DELETEREQUEST']._serialized_start=1329
+  _globals['_DELETEREQUEST']._serialized_end=1371
+  _globals['_DELETEREPLY']._serialized_start=1373
+  _globals['_DELETEREPLY']._serialized_end=1403
+  _globals['_STATSREQUEST']._serialized_start=1405
+  _globals['_STATSREQUEST']._serialized_end=1419
+  _globals['_STATSREPLY']._serialized_start=1422
+  _globals['_STATSREPLY']._serialized_end=1668
+  _globals['_TIERSTATS']._serialized_start=1671
+  _globals['_TIERSTATS']._serialized_end=1927
+  _globals['_KVSTORE']._serialized_start=1930
+  _globals['_KVSTORE']._serialized_end=2613
 # @@protoc_insertion_point(module_scope)

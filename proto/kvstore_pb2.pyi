@@ -234,6 +234,236 @@ class PutReply(_message.Message):
 Global___PutReply: _TypeAlias = PutReply  # noqa: Y015
 
 @_typing.final
+class PutManyFrame(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___WholeRecord]:
+        """at most 1 MiB of records in one frame"""
+
+    def __init__(
+        self,
+        *,
+        records: _abc.Iterable[Global___WholeRecord] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutManyFrame: _TypeAlias = PutManyFrame  # noqa: Y015
+
+@_typing.final
+class WholeRecord(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    record: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        record: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WholeRecord: _TypeAlias = WholeRecord  # noqa: Y015
+
+@_typing.final
+class PutManyReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Outcome:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[PutManyReply._Outcome.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        OUTCOME_UNSPECIFIED: PutManyReply._Outcome.ValueType  # 0
+        STORED: PutManyReply._Outcome.ValueType  # 1
+        EXISTED: PutManyReply._Outcome.ValueType  # 2
+        FULL: PutManyReply._Outcome.ValueType  # 3
+        """no room; put it again later, or go on without it"""
+        CORRUPT: PutManyReply._Outcome.ValueType  # 4
+        """the record failed its checks"""
+
+    class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
+    OUTCOME_UNSPECIFIED: PutManyReply.Outcome.ValueType  # 0
+    STORED: PutManyReply.Outcome.ValueType  # 1
+    EXISTED: PutManyReply.Outcome.ValueType  # 2
+    FULL: PutManyReply.Outcome.ValueType  # 3
+    """no room; put it again later, or go on without it"""
+    CORRUPT: PutManyReply.Outcome.ValueType  # 4
+    """the record failed its checks"""
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedScalarFieldContainer[Global___PutManyReply.Outcome.ValueType]:
+        """one for each record, in the order in which they came"""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___PutManyReply.Outcome.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutManyReply: _TypeAlias = PutManyReply  # noqa: Y015
+
+@_typing.final
+class PinRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    UNPIN_FIELD_NUMBER: _builtins.int
+    unpin: _builtins.bool
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        unpin: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "unpin", b"unpin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinRequest: _TypeAlias = PinRequest  # noqa: Y015
+
+@_typing.final
+class PinReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def changed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """by key: pinned (or unpinned) now; false: not in a tier that can pin, or no room for pins"""
+
+    def __init__(
+        self,
+        *,
+        changed: _abc.Iterable[_builtins.bool] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed", b"changed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinReply: _TypeAlias = PinReply  # noqa: Y015
+
+@_typing.final
+class ListRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.bytes
+    """empty: from the start; else next_page_token of the page before"""
+    page_size: _builtins.int
+    """0: the node chooses; at most 1000"""
+    def __init__(
+        self,
+        *,
+        page_token: _builtins.bytes = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRequest: _TypeAlias = ListRequest  # noqa: Y015
+
+@_typing.final
+class ListEntry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    RECORD_BYTES_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCK_INDEX_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    record_bytes: _builtins.int
+    tier: _builtins.str
+    """memory, disk or redis"""
+    pinned: _builtins.bool
+    age_s: _builtins.float
+    """since this tier got the record; absent where the tier does not know"""
+    num_tokens: _builtins.int
+    """from the record's header, not verified; 0: the header cannot be read"""
+    block_index: _builtins.int
+    namespace: _builtins.bytes
+    """32 bytes; empty: the header cannot be read"""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        record_bytes: _builtins.int = ...,
+        tier: _builtins.str = ...,
+        pinned: _builtins.bool = ...,
+        age_s: _builtins.float | None = ...,
+        num_tokens: _builtins.int = ...,
+        block_index: _builtins.int = ...,
+        namespace: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_age_s", b"_age_s", "age_s", b"age_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_age_s", b"_age_s", "age_s", b"age_s", "block_index", b"block_index", "key", b"key", "namespace", b"namespace", "num_tokens", b"num_tokens", "pinned", b"pinned", "record_bytes", b"record_bytes", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__age_s: _TypeAlias = _typing.Literal["age_s"]  # noqa: Y015
+    _WhichOneofArgType__age_s: _TypeAlias = _typing.Literal["_age_s", b"_age_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__age_s) -> _WhichOneofReturnType__age_s | None: ...
+
+Global___ListEntry: _TypeAlias = ListEntry  # noqa: Y015
+
+@_typing.final
+class ListReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.bytes
+    """empty: this was the last page"""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___ListEntry]:
+        """may be fewer than page_size, or none, while there are more pages"""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___ListEntry] | None = ...,
+        next_page_token: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReply: _TypeAlias = ListReply  # noqa: Y015
+
+@_typing.final
 class ReleaseRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -339,6 +569,7 @@ class StatsReply(_message.Message):
     REJECTED_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
     CORRUPT_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
     records: _builtins.int
     bytes: _builtins.int
     capacity_bytes: _builtins.int
@@ -355,6 +586,10 @@ class StatsReply(_message.Message):
     backend: _builtins.str
     corrupt: _builtins.int
     """damaged records that were found and deleted"""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierStats]:
+        """from the fastest to the slowest; with one tier only, that one"""
+
     def __init__(
         self,
         *,
@@ -369,11 +604,78 @@ class StatsReply(_message.Message):
         rejected: _builtins.int = ...,
         backend: _builtins.str = ...,
         corrupt: _builtins.int = ...,
+        tiers: _abc.Iterable[Global___TierStats] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bytes", b"bytes", "capacity_bytes", b"capacity_bytes", "corrupt", b"corrupt", "evictions", b"evictions", "hits", b"hits", "lookups", b"lookups", "misses", b"misses", "puts", b"puts", "records", b"records", "rejected", b"rejected"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "bytes", b"bytes", "capacity_bytes", b"capacity_bytes", "corrupt", b"corrupt", "evictions", b"evictions", "hits", b"hits", "lookups", b"lookups", "misses", b"misses", "puts", b"puts", "records", b"records", "rejected", b"rejected", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatsReply: _TypeAlias = StatsReply  # noqa: Y015
+
+@_typing.final
+class TierStats(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RECORDS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
+    PINNED_BYTES_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    CORRUPT_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    PROMOTED_FIELD_NUMBER: _builtins.int
+    AVAILABLE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    records: _builtins.int
+    bytes: _builtins.int
+    capacity_bytes: _builtins.int
+    """0: unlimited or unknown"""
+    evictions: _builtins.int
+    pinned_bytes: _builtins.int
+    hits: _builtins.int
+    """keys that this tier was asked for and had"""
+    misses: _builtins.int
+    corrupt: _builtins.int
+    """damaged records that this tier found and dropped"""
+    errors: _builtins.int
+    """operations that failed: disk full, read error, server lost, wait too long"""
+    refused: _builtins.int
+    """operations not tried because the tier did not answer lately, or is busy"""
+    dropped: _builtins.int
+    """records that were not written down to this tier because its queue was full"""
+    promoted: _builtins.int
+    """records read from a lower tier and kept here"""
+    available: _builtins.bool
+    """false: the tier did not answer lately and is not asked"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        records: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        capacity_bytes: _builtins.int = ...,
+        evictions: _builtins.int = ...,
+        pinned_bytes: _builtins.int = ...,
+        hits: _builtins.int = ...,
+        misses: _builtins.int = ...,
+        corrupt: _builtins.int = ...,
+        errors: _builtins.int = ...,
+        refused: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        promoted: _builtins.int = ...,
+        available: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "bytes", b"bytes", "capacity_bytes", b"capacity_bytes", "corrupt", b"corrupt", "dropped", b"dropped", "errors", b"errors", "evictions", b"evictions", "hits", b"hits", "misses", b"misses", "name", b"name", "pinned_bytes", b"pinned_bytes", "promoted", b"promoted", "records", b"records", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierStats: _TypeAlias = TierStats  # noqa: Y015

@@ -51,6 +51,21 @@ class KVStoreStub:
                 request_serializer=kvferry_dot_proto_dot_kvstore__pb2.PutFrame.SerializeToString,
                 response_deserializer=kvferry_dot_proto_dot_kvstore__pb2.PutReply.FromString,
                 _registered_method=True)
+        self.PutMany = channel.stream_unary(
+                '/kvferry.kvstore.v1.KVStore/PutMany',
+                request_serializer=kvferry_dot_proto_dot_kvstore__pb2.PutManyFrame.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_kvstore__pb2.PutManyReply.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/kvferry.kvstore.v1.KVStore/Pin',
+                request_serializer=kvferry_dot_proto_dot_kvstore__pb2.PinRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_kvstore__pb2.PinReply.FromString,
+                _registered_method=True)
+        self.List = channel.unary_unary(
+                '/kvferry.kvstore.v1.KVStore/List',
+                request_serializer=kvferry_dot_proto_dot_kvstore__pb2.ListRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_kvstore__pb2.ListReply.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/kvferry.kvstore.v1.KVStore/Release',
                 request_serializer=kvferry_dot_proto_dot_kvstore__pb2.ReleaseRequest.SerializeToString,
@@ -96,6 +111,29 @@ class KVStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutMany(self, request_iterator, context):
+        """Several small records a message: one round trip for all of them. Each record is checked and stored by itself, so
+        that one refused record does not refuse the others. The reply has an outcome for every record, in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Pins records, or unpins them. A pinned record is not evicted until it is unpinned or deleted. Pins may hold a
+        bounded share of each tier's capacity; what is beyond it stays unpinned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def List(self, request, context):
+        """A page of the records of this node, tier by tier; a record that two tiers hold is told once for each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """Ends a lease before its time. Unknown leases are ignored.
         """
@@ -134,6 +172,21 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Put,
                     request_deserializer=kvferry_dot_proto_dot_kvstore__pb2.PutFrame.FromString,
                     response_serializer=kvferry_dot_proto_dot_kvstore__pb2.PutReply.SerializeToString,
+            ),
+            'PutMany': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutMany,
+                    request_deserializer=kvferry_dot_proto_dot_kvstore__pb2.PutManyFrame.FromString,
+                    response_serializer=kvferry_dot_proto_dot_kvstore__pb2.PutManyReply.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=kvferry_dot_proto_dot_kvstore__pb2.PinRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_kvstore__pb2.PinReply.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=kvferry_dot_proto_dot_kvstore__pb2.ListRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_kvstore__pb2.ListReply.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -234,6 +287,87 @@ class KVStore:
             '/kvferry.kvstore.v1.KVStore/Put',
             kvferry_dot_proto_dot_kvstore__pb2.PutFrame.SerializeToString,
             kvferry_dot_proto_dot_kvstore__pb2.PutReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/kvferry.kvstore.v1.KVStore/PutMany',
+            kvferry_dot_proto_dot_kvstore__pb2.PutManyFrame.SerializeToString,
+            kvferry_dot_proto_dot_kvstore__pb2.PutManyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.kvstore.v1.KVStore/Pin',
+            kvferry_dot_proto_dot_kvstore__pb2.PinRequest.SerializeToString,
+            kvferry_dot_proto_dot_kvstore__pb2.PinReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.kvstore.v1.KVStore/List',
+            kvferry_dot_proto_dot_kvstore__pb2.ListRequest.SerializeToString,
+            kvferry_dot_proto_dot_kvstore__pb2.ListReply.FromString,
             options,
             channel_credentials,
             insecure,

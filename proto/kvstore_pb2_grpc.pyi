@@ -45,6 +45,16 @@ class KVStoreStub:
     """Two-phase put of one record: `begin`, then `chunk`s, then `commit`. The record is readable only after a commit
     whose checks passed; a stream that ends before leaves nothing behind. A put never overwrites.
     """
+    PutMany: _grpc.StreamUnaryMultiCallable[_kvstore_pb2.PutManyFrame, _kvstore_pb2.PutManyReply]
+    """Several small records a message: one round trip for all of them. Each record is checked and stored by itself, so
+    that one refused record does not refuse the others. The reply has an outcome for every record, in order.
+    """
+    Pin: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.PinRequest, _kvstore_pb2.PinReply]
+    """Pins records, or unpins them. A pinned record is not evicted until it is unpinned or deleted. Pins may hold a
+    bounded share of each tier's capacity; what is beyond it stays unpinned.
+    """
+    List: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.ListRequest, _kvstore_pb2.ListReply]
+    """A page of the records of this node, tier by tier; a record that two tiers hold is told once for each."""
     Release: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.ReleaseRequest, _kvstore_pb2.ReleaseReply]
     """Ends a lease before its time. Unknown leases are ignored."""
     Delete: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.DeleteRequest, _kvstore_pb2.DeleteReply]
@@ -69,6 +79,16 @@ class KVStoreAsyncStub(KVStoreStub):
     """Two-phase put of one record: `begin`, then `chunk`s, then `commit`. The record is readable only after a commit
     whose checks passed; a stream that ends before leaves nothing behind. A put never overwrites.
     """
+    PutMany: _aio.StreamUnaryMultiCallable[_kvstore_pb2.PutManyFrame, _kvstore_pb2.PutManyReply]  # type: ignore[assignment]
+    """Several small records a message: one round trip for all of them. Each record is checked and stored by itself, so
+    that one refused record does not refuse the others. The reply has an outcome for every record, in order.
+    """
+    Pin: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.PinRequest, _kvstore_pb2.PinReply]  # type: ignore[assignment]
+    """Pins records, or unpins them. A pinned record is not evicted until it is unpinned or deleted. Pins may hold a
+    bounded share of each tier's capacity; what is beyond it stays unpinned.
+    """
+    List: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.ListRequest, _kvstore_pb2.ListReply]  # type: ignore[assignment]
+    """A page of the records of this node, tier by tier; a record that two tiers hold is told once for each."""
     Release: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.ReleaseRequest, _kvstore_pb2.ReleaseReply]  # type: ignore[assignment]
     """Ends a lease before its time. Unknown leases are ignored."""
     Delete: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.DeleteRequest, _kvstore_pb2.DeleteReply]  # type: ignore[assignment]
@@ -108,6 +128,34 @@ class KVStoreServicer(metaclass=_abc_1.ABCMeta):
         """Two-phase put of one record: `begin`, then `chunk`s, then `commit`. The record is readable only after a commit
         whose checks passed; a stream that ends before leaves nothing behind. A put never overwrites.
         """
+
+    @_abc_1.abstractmethod
+    def PutMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_kvstore_pb2.PutManyFrame],
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.PutManyReply, _abc.Awaitable[_kvstore_pb2.PutManyReply]]:
+        """Several small records a message: one round trip for all of them. Each record is checked and stored by itself, so
+        that one refused record does not refuse the others. The reply has an outcome for every record, in order.
+        """
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _kvstore_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.PinReply, _abc.Awaitable[_kvstore_pb2.PinReply]]:
+        """Pins records, or unpins them. A pinned record is not evicted until it is unpinned or deleted. Pins may hold a
+        bounded share of each tier's capacity; what is beyond it stays unpinned.
+        """
+
+    @_abc_1.abstractmethod
+    def List(
+        self,
+        request: _kvstore_pb2.ListRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.ListReply, _abc.Awaitable[_kvstore_pb2.ListReply]]:
+        """A page of the records of this node, tier by tier; a record that two tiers hold is told once for each."""
 
     @_abc_1.abstractmethod
     def Release(

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from kvferry.deploy.cli import app
 from kvferry.deploy.settings import Settings
+from kvferry.deploy.store_settings import disk_options
 
 KVFERRY = Path(sys.executable).with_name("kvferry")
 
@@ -76,7 +77,7 @@ def test_file_over_defaults(write: Any, name: str, text: str) -> None:
     settings = Settings.load(write(name, text))
     assert (settings.model, settings.block_size) == ("from-file", 64)
     assert (settings.gateway.port, settings.gateway.host) == (1111, "file-host")
-    assert (settings.store.memory, settings.store.redis) == (3 * 2**20, "redis://file:1/0")
+    assert (settings.store.memory, settings.store.redis.url) == (3 * 2**20, "redis://file:1/0")
     assert settings.store.port == Settings.load().store.port  # not in the file
     assert settings.prefill == Settings.load().prefill
 
@@ -92,7 +93,7 @@ def test_options_over_environment_over_file(write: Any, monkeypatch: pytest.Monk
     settings = Settings.load(path)
     assert (settings.model, settings.block_size) == ("from-env", 64)
     assert (settings.gateway.port, settings.gateway.host, settings.gateway.max_queued) == (2222, "file-host", 7)
-    assert (settings.store.memory, settings.store.redis) == (4 * 2**20, "redis://file:1/0")
+    assert (settings.store.memory, settings.store.redis.url) == (4 * 2**20, "redis://file:1/0")
 
     settings = Settings.load(path, model="from-option", gateway={"port": 3333}, block_size=None, store=None)
     assert (settings.model, settings.block_size) == ("from-option", 64)
@@ -151,6 +152,21 @@ BAD = [
     ("store: {memory: 5 apples}", "store.memory"),
     ("store: {memory: 0}", "store.memory"),
     ("store: {memory: -5}", "store.memory"),
+    ("store: {memory: off}", "store"),
+    ("store: {memory: off, write: back, disk: {path: /x, bytes: 1GiB}}", "store"),
+    ("store: {write: around}", "store.write"),
+    ("store: {disk: {path: /x}}", "store.disk.bytes"),
+    ("store: {disk: {path: /x, bytes: 0}}", "store.disk.bytes"),
+    ("store: {disk: /x}", "store.disk"),
+    ("store: {redis: {}}", "store.redis"),
+    ("store: {redis: 'http://x'}", "store.redis"),
+    ("store: {redis: {url: 'redis://x', cluster: ['x:1']}}", "store.redis"),
+    ("store: {redis: {cluster: ['x']}}", "store.redis"),
+    ("store: {redis: {sentinel: {nodes: ['x:1']}}}", "store.redis.sentinel.service"),
+    ("store: {redis: {url: 'redis://x', tls: {ca: /x}}}", "store.redis"),
+    ("store: {redis: {url: 'rediss://x', tls: {cert: /x}}}", "store.redis"),
+    ("store: {redis: {url: 'redis://x', password: a, password_file: /b}}", "store.redis"),
+    ("store: {redis: {url: 'redis://:a@x', password: b}}", "store.redis"),
     ("decode: {kv_memory: 1XB}", "decode.kv_memory"),
     ("decode: {max_num_seqs: 0}", "decode.max_num_seqs"),
     ("decode: {count: 0}", "decode.count"),
@@ -163,6 +179,41 @@ def test_a_bad_setting_is_named(write: Any, text: str, key: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Settings.load(write("a.yaml", text))
     assert problems(caught.value) == [key]
+
+
+def test_a_redis_password_is_taken_from_a_variable_or_a_file_and_never_told(
+    write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    path = write("a.yaml", "store: {redis: {cluster: ['127.0.0.1:1', '127.0.0.1:2'], user: app}}")
+    monkeypatch.setenv("KVFERRY_STORE__REDIS__PASSWORD", "hunter2")
+    settings = Settings.load(path)
+    place = settings.store.store_config().redis
+    assert place is not None
+    assert (place.user, place.password, place.cluster) == ("app", "hunter2", ("127.0.0.1:1", "127.0.0.1:2"))
+    for text in (repr(settings), str(settings), settings.model_dump_json(), repr(place), place.text):
+        assert "hunter2" not in text
+    monkeypatch.setenv("KVFERRY_STORE__MEMORY", "off")
+    monkeypatch.setenv("KVFERRY_STORE__WRITE", "back")
+    with pytest.raises(ValidationError) as caught:
+        Settings.load(path)
+    assert "hunter2" not in str(caught.value)
+    monkeypatch.delenv("KVFERRY_STORE__WRITE")
+    monkeypatch.delenv("KVFERRY_STORE__REDIS__PASSWORD")
+    secret = tmp_path / "secret"
+    secret.write_text("from-file\n")
+    monkeypatch.setenv("KVFERRY_STORE__REDIS__PASSWORD_FILE", str(secret))
+    config = Settings.load(path).store.store_config()
+    assert config.redis is not None
+    assert (config.redis.password, config.memory_bytes) == ("from-file", None)
+
+
+def test_the_disk_tier_from_the_command_line(tmp_path: Any) -> None:
+    disk = disk_options(tmp_path, "20GiB")
+    config = Settings.load(store={"disk": disk, "write": "back"}).store.store_config()
+    assert config.disk is not None
+    assert (config.disk.folder, config.disk.capacity_bytes) == (tmp_path, 20 * 2**30)
+    assert config.tier_names == "memory+disk"
+    assert disk_options(None, None) is None
 
 
 def test_every_bad_setting_is_named(write: Any) -> None:
@@ -269,7 +320,16 @@ def test_help_names_every_command() -> None:
 def test_serve_help_names_every_option() -> None:
     done = kvferry("serve", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for option in ("--config", "--host", "--port", "--kv-memory", "--store-memory", "--redis", "--max-model-len"):
+    for option in (
+        "--config",
+        "--host",
+        "--port",
+        "--kv-memory",
+        "--store-memory",
+        "--store-disk",
+        "--redis",
+        "--max-model-len",
+    ):
         assert option in done.stdout
 
 

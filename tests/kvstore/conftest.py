@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.processes import Process
 
 from kvferry.kvstore import KVStoreServer, MemoryBackend, Namespace, NodeConfig, StoreClient
 from kvferry.kvstore.codec import encode_record
@@ -45,6 +47,21 @@ def make_record(namespace: Namespace) -> Callable[..., bytes]:
         )
 
     return make
+
+
+@pytest.fixture
+def start_writer(tmp_path: Path) -> Iterator[Callable[[Path, int], Process]]:
+    """Starts a process that puts records into a disk backend until it is killed."""
+    started: list[Process] = []
+
+    def start(folder: Path, first: int) -> Process:
+        command = [sys.executable, "-m", "support.store_processes", str(folder), str(first)]
+        started.append(Process(command, tmp_path / f"writer-{len(started)}.log"))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture(params=["memory", "redis"])

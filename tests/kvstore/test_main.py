@@ -54,7 +54,12 @@ async def test_serves_and_drains_on_sigterm(
         (["--port", "70000"], "port must be 0..65535"),
         (["--redis", "http://127.0.0.1"], "redis://"),
         (["--host", "192.0.2.1", "--port", "0"], "cannot listen on 192.0.2.1"),
-        (["--memory", "1GiB", "--redis", "redis://x"], "not allowed with"),
+        (["--disk", "/nowhere"], "--disk and --disk-bytes go together"),
+        (["--redis-cluster", "localhost"], "not host:port"),
+        (["--redis", "redis://x", "--redis-cluster", "x:1"], "exactly one of"),
+        (["--redis", "redis://x", "--write", "back"], "needs a memory tier"),
+        (["--redis-sentinel", "x:1"], "name of a service"),
+        (["--redis", "redis://x", "--redis-password-file", "/nowhere"], "/nowhere"),
         (["--memory", "lots"], "not a size"),
     ],
 )

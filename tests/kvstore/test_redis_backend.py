@@ -164,7 +164,7 @@ async def test_restricted_user_still_gets_stats(start_redis: Callable[..., Any])
             enabled=True,
             passwords=["+secret"],
             keys=["kvferry:*"],
-            commands=["+getrange", "+set", "+exists", "+unlink"],
+            commands=["+get", "+strlen", "+set", "+exists", "+unlink"],
         )
     url = process.url.replace("127.0.0.1", "app:secret@127.0.0.1")
     async with _backend(url) as backend:

@@ -58,7 +58,7 @@ class NodeProcess(Process):
         self.address = line.split("serving on ")[1].split(",")[0]
 
 
-def _redis_binary() -> str:
+def redis_binary() -> str:
     found = shutil.which("redis-server")
     if found is not None:
         return found
@@ -70,16 +70,24 @@ def _redis_binary() -> str:
 class RedisProcess(Process):
     """A Redis without persistence on loopback."""
 
-    def __init__(self, folder: Path, *arguments: str, port: int = 0) -> None:
-        self.port = port or _free_port()
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        port: int = 0,
+        command: list[str] | None = None,
+        ready: str = "Ready to accept connections",
+    ) -> None:
+        self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        command = [_redis_binary(), "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--save", "", "--appendonly", "no", "--dir", str(folder), *arguments]
-        super().__init__(command, folder / f"redis-{time.monotonic_ns()}.log")
-        self.wait_for_line("Ready to accept connections")
+        command = [*(command or [redis_binary()]), "--port", str(self.port), "--bind", "127.0.0.1"]
+        if "--sentinel" not in command:
+            command += ["--save", "", "--appendonly", "no"]
+        super().__init__([*command, "--dir", str(folder), *arguments], folder / f"redis-{time.monotonic_ns()}.log")
+        self.wait_for_line(ready)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,122 @@
+"""The `store` section: where the KV store node listens, and the tiers that keep its records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+
+from kvferry.kvstore.redis_place import RedisPlace, RedisTls
+from kvferry.kvstore.size import parse_size
+from kvferry.kvstore.store_config import DiskConfig, StoreConfig
+
+
+def _bytes(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+def _bytes_or_off(value: object) -> object:
+    # YAML reads a bare `off` as false.
+    return None if value is False or value == "off" else _bytes(value)
+
+
+def _url_alone(value: object) -> object:
+    return {"url": value} if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Section(BaseModel):
+    """A part of the settings. Its errors do not repeat what was given: that may be a password."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class DiskSettings(Section):
+    path: Path
+    bytes: Bytes
+
+
+class RedisTlsSettings(Section):
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+
+class SentinelSettings(Section):
+    nodes: list[str]
+    service: str
+
+
+class RedisSettings(Section):
+    """Exactly one of url, cluster and sentinel; a string stands for a url."""
+
+    url: str | None = Field(None, repr=False)  # may hold a password
+    cluster: list[str] = []
+    sentinel: SentinelSettings | None = None
+    user: str | None = None
+    password: SecretStr | None = None
+    password_file: Path | None = None
+    tls: RedisTlsSettings | None = None
+
+    @model_validator(mode="after")
+    def _is_a_place(self) -> RedisSettings:
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("give password or password_file, not both")
+        self._place(None if self.password is None else self.password.get_secret_value())
+        return self
+
+    def place(self) -> RedisPlace:
+        """With the password, from its file where there is one. Raises OSError when that cannot be read."""
+        if self.password_file is not None:
+            return self._place(self.password_file.expanduser().read_text().strip())
+        return self._place(None if self.password is None else self.password.get_secret_value())
+
+    def _place(self, password: str | None) -> RedisPlace:
+        sentinel = self.sentinel
+        return RedisPlace(
+            url=self.url,
+            cluster=tuple(self.cluster),
+            sentinels=() if sentinel is None else tuple(sentinel.nodes),
+            service=None if sentinel is None else sentinel.service,
+            user=self.user,
+            password=password,
+            tls=None if self.tls is None else RedisTls(**self.tls.model_dump()),
+        )
+
+
+class StoreSettings(Section):
+    host: str = "127.0.0.1"
+    port: Port = 7700
+    memory: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_bytes_or_off)] = 2**30
+    """None, written as `off`: no memory tier."""
+    disk: DiskSettings | None = None
+    redis: Annotated[RedisSettings | None, BeforeValidator(_url_alone)] = None
+    write: Literal["through", "back"] = "through"
+
+    @model_validator(mode="after")
+    def _has_tiers(self) -> StoreSettings:
+        if self.memory is None and self.disk is None and self.redis is None:
+            raise ValueError("memory is off, so the store needs a disk or a redis")
+        if self.memory is None and self.write == "back":
+            raise ValueError("write: back needs a memory tier")
+        return self
+
+    def store_config(self) -> StoreConfig:
+        """What `make_backend` takes. Raises OSError when a password file cannot be read."""
+        disk = self.disk
+        return StoreConfig(
+            memory_bytes=self.memory,
+            disk=None if disk is None else DiskConfig(folder=disk.path.expanduser(), capacity_bytes=disk.bytes),
+            redis=None if self.redis is None else self.redis.place(),
+            write=self.write,
+        )
+
+
+def disk_options(path: Path | None, num_bytes: str | None) -> dict[str, Any] | None:
+    """The command line's part of `store.disk`; None when nothing of it was given."""
+    given = {"path": path, "bytes": num_bytes}
+    return {key: value for key, value in given.items() if value is not None} or None
