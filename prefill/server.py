@@ -27,6 +27,8 @@ MAX_ANSWERS = 128
 """Answers to one prompt."""
 START_TIMEOUT_S = 10.0
 """How long a stream may be open before it says what it wants."""
+LAST_WRITE_S = 5.0
+"""How long a call that ends waits for a caller to take the message that is being written."""
 
 Context = grpc.aio.ServicerContext[worker_pb2.PrefillCommand, worker_pb2.PrefillEvent]
 
@@ -135,6 +137,11 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             async with asyncio.timeout(self._config.handoff_timeout_s):
                 await commands
         finally:
+            # A write that is cancelled half-way goes on inside gRPC, and the call's status could not be sent beside it:
+            # the caller would wait for ever. Nothing is written any more once the lock is ours.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WRITE_S):
+                    await write_lock.acquire()
             stopping = [events, commands] if session.handed_over else [events, commands, compute]
             for task in stopping:
                 task.cancel()
