@@ -103,6 +103,7 @@ def test_a_machine_whose_rows_depend_on_their_number(
     load_runtime: Callable[..., ModelRuntime], make_prompt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then a pass is one block; found by trying, and taken from the wider check of decode's row counts."""
+    monkeypatch.setattr("kvferry.deploy.models.can_prepack", lambda device, dtype: False)
     worker = load_runtime("llama", block_size=BLOCK_SIZE)
     linear = torch.nn.functional.linear
 
