@@ -63,8 +63,6 @@ async def test_each_is_that_of_a_request_of_its_own(
 async def test_the_prompt_is_held_once(
     runtime: Callable[..., ModelRuntime], serve_workers: Any, make_prompt: Any
 ) -> None:
-    runtime: Callable[..., ModelRuntime], serve_workers: Any, make_prompt: Any
-) -> None:
     workers = await serve_workers(runtime())
     inside = Inside.of(workers)
     sampling = worker_pb2.SamplingParams(n=8, max_tokens=40, temperature=1.0)
