@@ -55,7 +55,14 @@ def _run(bench: DecodeBench, plan: DecodePlan) -> list[DecodeCase]:
 
 def _print(cases: list[DecodeCase], environment: Environment, *, dtype: str, backend: str | None) -> None:
     table = Table(title="a decode step of the whole batch: median (fastest), ms; ratio: transformers fp32 over kvferry")
-    columns = ["batch", "context", f"kvferry, {dtype}, {environment.preset}", "transformers fp32", "ratio"]
+    columns = [
+        "batch",
+        "context",
+        f"kvferry, {dtype}, {environment.preset}",
+        "transformers fp32",
+        "ratio",
+        "of processor time",
+    ]
     if dtype != "fp32":
         columns.append(f"transformers {dtype}")
     columns.append("transformers fp32, 2-bit cache")
@@ -68,6 +75,7 @@ def _print(cases: list[DecodeCase], environment: Environment, *, dtype: str, bac
             _times(case.kvferry_ms, case.kvferry_min_ms),
             _times(case.transformers_ms, case.transformers_min_ms),
             f"{case.ratio:.2f}x ({case.ratio_min:.2f}x)",
+            f"{case.ratio_cpu:.2f}x",
         ]
         if dtype != "fp32":
             row.append(_times(case.transformers_native_ms, case.transformers_native_min_ms))
@@ -77,11 +85,13 @@ def _print(cases: list[DecodeCase], environment: Environment, *, dtype: str, bac
     console.print(table)
     console.print(f"{environment.sentence}. {cases[0].steps if cases else 0} steps of each, in turns.")
     console.print(FILL_NOTE)
-    console.print(QUANTIZED_MISSING if backend is None else f"transformers' quantized cache: backend {backend}.")
+    console.print(
+        QUANTIZED_MISSING if backend is None else f"transformers' quantized cache: backend {backend}.", markup=False
+    )
     if environment.is_busy:
         console.print(
             "Warning: the machine is busy with something else. Steps of several threads then wait for threads that are "
-            "not scheduled, and ratios say little; --threads 1 is steadier."
+            "not scheduled, and ratios say little; with --threads 1, those of processor time are steady."
         )
 
 

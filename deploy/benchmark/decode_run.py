@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvferry.deploy.benchmark.context import dynamic_cache, quantized_cache, random_blocks
 from kvferry.deploy.benchmark.packed_decoder import PackedDecoder
+from kvferry.deploy.benchmark.step_time import StepTime
 from kvferry.deploy.benchmark.transformers_decoder import TransformersDecoder, quantized_backend
 from kvferry.deploy.worker_server import ModelRuntime
 
@@ -28,7 +29,7 @@ FILL_NOTE = (
 
 
 class Decoder(Protocol):
-    def run(self, steps: int) -> list[float]: ...
+    def run(self, steps: int) -> list[StepTime]: ...
 
     def close(self) -> None: ...
 
@@ -79,6 +80,10 @@ class DecodeCase:
     ratio_min: float
     ratio_native: float | None
     ratio_quantized: float | None
+    kvferry_cpu_ms: float
+    """Median of the processor time of all threads; see `step_time.py`."""
+    transformers_cpu_ms: float
+    ratio_cpu: float
     steps: int
     """Measured of each contender."""
 
@@ -119,12 +124,12 @@ class DecodeBench:
             }
             for contender in contenders.values():
                 contender.run(WARM_UP_STEPS)
-            seconds: dict[str, list[float]] = {name: [] for name in contenders}
+            times: dict[str, list[StepTime]] = {name: [] for name in contenders}
             for _ in range(plan.rounds):
                 for name, contender in contenders.items():
-                    seconds[name] += contender.run(plan.steps)
+                    times[name] += contender.run(plan.steps)
                 on_round(label)
-        return _case_of(batch, context, seconds)
+        return _case_of(batch, context, times)
 
     def _makers(self, batch: int, context: int, generated: int) -> dict[str, Callable[[], Decoder]]:
         def packed() -> Decoder:
@@ -150,9 +155,10 @@ class DecodeBench:
         return makers
 
 
-def _case_of(batch: int, context: int, seconds: dict[str, list[float]]) -> DecodeCase:
-    median = {name: statistics.median(values) * 1000 for name, values in seconds.items()}
-    least = {name: min(values) * 1000 for name, values in seconds.items()}
+def _case_of(batch: int, context: int, times: dict[str, list[StepTime]]) -> DecodeCase:
+    median = {name: statistics.median(t.wall for t in steps) * 1000 for name, steps in times.items()}
+    least = {name: min(t.wall for t in steps) * 1000 for name, steps in times.items()}
+    cpu = {name: statistics.median(t.cpu for t in steps) * 1000 for name, steps in times.items()}
     ratio = {name: value / median["kvferry"] for name, value in median.items()}
     return DecodeCase(
         batch=batch,
@@ -169,5 +175,8 @@ def _case_of(batch: int, context: int, seconds: dict[str, list[float]]) -> Decod
         ratio_min=least["transformers"] / least["kvferry"],
         ratio_native=ratio.get("native"),
         ratio_quantized=ratio.get("quantized"),
-        steps=len(seconds["kvferry"]),
+        kvferry_cpu_ms=cpu["kvferry"],
+        transformers_cpu_ms=cpu["transformers"],
+        ratio_cpu=cpu["transformers"] / cpu["kvferry"],
+        steps=len(times["kvferry"]),
     )

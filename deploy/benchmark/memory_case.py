@@ -117,7 +117,7 @@ def _measure(request: MemoryRequest, report: Report, fill: Callable[[Report], _F
         still = resident_bytes()
         decoder.run(1)
         scratch = max(0, peak_bytes() - still)
-        seconds = decoder.run(request.tokens)
+        seconds = [step.wall for step in decoder.run(request.tokens)]
         peak = max(peak, peak_bytes())
     return MemoryCase(
         preset=request.preset,

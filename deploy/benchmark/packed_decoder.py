@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import threading
-import time
+from itertools import pairwise
 
 from kvferry.decode.cache import PackedCache
 from kvferry.decode.engine import DecodeEngine
 from kvferry.decode.sequence import Sequence, TokenEvent
+from kvferry.deploy.benchmark.step_time import StepTime, now
 from kvferry.deploy.worker_server import ModelRuntime
 from kvferry.kernels.forward import padded_rows
 from kvferry.kernels.sampling import SamplingParams, TokenHistory
@@ -29,7 +30,7 @@ class PackedDecoder:
         self._waiting = sequences
         self._batch = 1  # the first sequence's first step holds the engine until the others have joined
         self._reported = 0
-        self._stamps: list[float] = []
+        self._stamps: list[StepTime] = []
         self._wanted = 1
         self._reached = threading.Event()
         self._resume = threading.Event()
@@ -83,13 +84,13 @@ class PackedDecoder:
         _load_ends(cache, 0, blocks)
         return cls(runtime, cache, [_sequence(0, blocks, list(range(blocks.num_blocks)), max_tokens)])
 
-    def run(self, steps: int) -> list[float]:
-        """Seconds of each of `steps` steps. Raises RuntimeError when the engine fails or does not answer."""
+    def run(self, steps: int) -> list[StepTime]:
+        """Times of each of `steps` steps. Raises RuntimeError when the engine fails or does not answer."""
         if self._waiting:
             self._join()
-        self._stamps, self._wanted = [time.perf_counter()], steps
+        self._stamps, self._wanted = [now()], steps
         self._continue(STEP_TIMEOUT_S * steps)
-        return [b - a for a, b in zip(self._stamps, self._stamps[1:], strict=False)]
+        return [after.since(before) for before, after in pairwise(self._stamps)]
 
     def close(self) -> None:
         """Ends the engine's thread."""
@@ -99,7 +100,7 @@ class PackedDecoder:
     def _join(self) -> None:
         first, *others = self._waiting
         self._waiting = []
-        self._stamps = [0.0]
+        self._stamps = [now()]
         self._engine.add(first)
         self._wait(STEP_TIMEOUT_S)
         for sequence in others:
@@ -120,7 +121,7 @@ class PackedDecoder:
         if self._reported < self._batch:
             return
         self._reported = 0
-        self._stamps.append(time.perf_counter())
+        self._stamps.append(now())
         if len(self._stamps) > self._wanted:
             self._resume.clear()
             self._reached.set()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 
 import torch
 from transformers import Cache, PreTrainedModel
+
+from kvferry.deploy.benchmark.step_time import StepTime, now
 
 QUANTIZED_BACKENDS = {"hqq": "hqq", "quanto": "optimum.quanto"}
 """Backends of its quantized cache, and what each imports."""
@@ -31,16 +32,16 @@ class TransformersDecoder:
         self._next = torch.ones((batch, 1), dtype=torch.long)
 
     @torch.inference_mode()
-    def run(self, steps: int) -> list[float]:
-        """Seconds of each step."""
-        seconds = []
+    def run(self, steps: int) -> list[StepTime]:
+        """Times of each step."""
+        times = []
         for _ in range(steps):
-            started = time.perf_counter()
+            started = now()
             out = self._model(self._next, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
             self._next = out.logits[:, -1].argmax(-1, keepdim=True)
             self._next.tolist()  # as a caller that prints them would
-            seconds.append(time.perf_counter() - started)
-        return seconds
+            times.append(now().since(started))
+        return times
 
     def close(self) -> None:
         """Gives the cache up."""
