@@ -76,6 +76,8 @@ class MemoryCase:
     fill_seconds: float
     ms_per_token: float
     min_ms_per_token: float
+    cpu_ms_per_token: float
+    """Processor time of all threads; see `step_time.py`."""
 
 
 def measure(request: MemoryRequest, report: Report) -> MemoryCase:
@@ -117,7 +119,7 @@ def _measure(request: MemoryRequest, report: Report, fill: Callable[[Report], _F
         still = resident_bytes()
         decoder.run(1)
         scratch = max(0, peak_bytes() - still)
-        seconds = [step.wall for step in decoder.run(request.tokens)]
+        times = decoder.run(request.tokens)
         peak = max(peak, peak_bytes())
     return MemoryCase(
         preset=request.preset,
@@ -134,8 +136,9 @@ def _measure(request: MemoryRequest, report: Report, fill: Callable[[Report], _F
         step_scratch_bytes=scratch,
         step_scratch_share=scratch / filled.cache_bytes,
         fill_seconds=fill_seconds,
-        ms_per_token=statistics.median(seconds) * 1000,
-        min_ms_per_token=min(seconds) * 1000,
+        ms_per_token=statistics.median(t.wall for t in times) * 1000,
+        min_ms_per_token=min(t.wall for t in times) * 1000,
+        cpu_ms_per_token=statistics.median(t.cpu for t in times) * 1000,
     )
 
 

@@ -70,6 +70,7 @@ def _print(cases: list[MemoryCase], skipped: list[Skipped], environment: Environ
         table.add_column(column, justify="left" if column == "fill" else "right")
     table.add_column("fill, s", justify="right")
     table.add_column("ms a token (fastest)", justify="right")
+    table.add_column("of processor", justify="right")
     for case in cases:
         table.add_row(
             "transformers, DynamicCache" if case.preset == TRANSFORMERS else case.preset,
@@ -82,6 +83,7 @@ def _print(cases: list[MemoryCase], skipped: list[Skipped], environment: Environ
             f"{_mib(case.step_scratch_bytes)} ({case.step_scratch_share:.2%})",
             f"{case.fill_seconds:.0f}",
             f"{case.ms_per_token:.0f} ({case.min_ms_per_token:.0f})",
+            f"{case.cpu_ms_per_token:.0f}",
         )
     console = Console(width=160)
     console.print(table)

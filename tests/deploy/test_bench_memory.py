@@ -62,7 +62,12 @@ def test_a_long_context_takes_what_the_layout_says(tiny_model: Callable[[str], P
     assert list(cases) == ["kv2", "kv16", "transformers"]
     wide = 3 * 2 * 64 * 2 * 2  # layers, heads, D, K and V, bytes
     for case in cases.values():
-        assert case["context"] == context and case["fill"] == "random" and case["ms_per_token"] > 0
+        assert (
+            case["context"] == context
+            and case["fill"] == "random"
+            and case["ms_per_token"] > 0
+            and case["cpu_ms_per_token"] > 0
+        )
         assert case["bf16_bytes_per_token"] == wide
         # Resident memory grows by the cache, and by little else.
         grown = case["rss_filled_bytes"] - case["rss_before_bytes"]
