@@ -16,6 +16,7 @@ import typer
 from pydantic import ValidationError
 
 from kvferry.deploy.bench_serve.command import bench_serve_command
+from kvferry.deploy.cli_bench import bench_decode_command, bench_memory_command
 from kvferry.deploy.cli_bench_store import bench_store_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
@@ -42,6 +43,8 @@ app.add_typer(bench, name="bench")
 bench.command("serve")(bench_serve_command)
 bench.command("prefill")(bench_prefill_command)
 bench.command("store")(bench_store_command)
+bench.command("decode")(bench_decode_command)
+bench.command("memory")(bench_memory_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(prefix, name="prefix")
@@ -205,27 +208,6 @@ def doctor(
         print(json.dumps({"warnings": warnings, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         print_findings(findings)
-
-
-@bench.command("decode")
-def bench_decode_command(
-    model: ModelOption = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of context.")] = 4096,
-    steps: Annotated[int, typer.Option(min=1, help="Tokens a round.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1)] = 4,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write every step's seconds here.")] = None,
-) -> None:
-    """Time per token against transformers with its own cache, on this machine, in one run."""
-    from kvferry.deploy.app import model_config
-    from kvferry.deploy.bench_decode import bench_decode, print_decode_times
-
-    try:
-        results = bench_decode(model_config(_settings(None, model=model)), context=context, steps=steps, rounds=rounds)
-    except (OSError, RuntimeError, ValueError) as error:
-        fail(str(error))
-    print_decode_times(results, context=context)
-    if json_path is not None:
-        json_path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
 
 
 @bench.command("kernels")

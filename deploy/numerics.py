@@ -13,7 +13,7 @@ import transformers
 
 from kvferry.deploy.causal_lm import TransformersModel
 from kvferry.deploy.models import LoadedModel
-from kvferry.deploy.row_invariance import linears_keep_rows
+from kvferry.deploy.row_invariance import activations_keep_rows, linears_keep_rows
 from kvferry.kernels.rotation import hadamard
 from kvferry.prefill.engine import PrefillEngine
 
@@ -56,10 +56,15 @@ def probe(engine: PrefillEngine) -> bytes:
 
 
 def rows_are_invariant(model: TransformersModel, *, rotated: bool, max_rows: int) -> bool:
-    """`linears_keep_rows` for the model's matmuls, and for the rotation of V where there is one."""
+    """Whether the model's matmuls, the rotation of V where there is one, and the activation functions give a row the
+    same bits at every row count of a decode batch."""
     linears = model.distinct_linears()
+    widths = [linear.out_features for linear in linears if linear.out_features < model.vocab_size]
     if rotated:
         rotation = torch.nn.Linear(model.head_dim, model.head_dim, bias=False, device=model.device)
         rotation.weight = torch.nn.Parameter(hadamard(model.head_dim, model.device))
         linears.append(rotation)
-    return linears_keep_rows(linears, max_rows=max_rows)
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
+    return linears_keep_rows(linears, max_rows=max_rows) and activations_keep_rows(
+        model.activations(), columns=widths, max_rows=max_rows, like=like
+    )

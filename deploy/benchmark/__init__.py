@@ -1,0 +1,1 @@
+"""`kvferry bench decode` and `kvferry bench memory`."""
