@@ -10,14 +10,17 @@ import grpc
 
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
+from kvferry.proto.trailing_metadata import retry_after_ms
 
 
 class PrefillFailed(Exception):
-    """The prefill worker refused the request, failed or is gone. `code` is the status to pass on."""
+    """The prefill worker refused the request, failed or is gone. `code` is the status to pass on, `retry_after_ms` the
+    worker's hint when it is full ("" without one)."""
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+    def __init__(self, code: grpc.StatusCode, message: str, *, retry_after_ms: str = "") -> None:
         super().__init__(message)
         self.code = code
+        self.retry_after_ms = retry_after_ms
 
 
 class PrefillStream(Protocol):
@@ -112,4 +115,5 @@ class RemotePrefillStream:
             raise PrefillFailed(code, f"prefill worker {self._address}: {details}") from error
 
     def _failure(self, error: grpc.aio.AioRpcError) -> PrefillFailed:
-        return PrefillFailed(error.code(), f"prefill worker {self._address}: {error.details()}")
+        message = f"prefill worker {self._address}: {error.details()}"
+        return PrefillFailed(error.code(), message, retry_after_ms=retry_after_ms(error.trailing_metadata()))

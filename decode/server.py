@@ -17,6 +17,7 @@ from kvferry.decode.worker import Answer, DecodeWorker, RequestUsage
 from kvferry.kernels.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from kvferry.kvstore.identity import namespace_of
 from kvferry.proto import worker_pb2, worker_pb2_grpc
+from kvferry.proto.trailing_metadata import RETRY_AFTER_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         except WorkerFull as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except PrefillFailed as error:
-            await context.abort(error.code, str(error))
+            hint = ((RETRY_AFTER_KEY, error.retry_after_ms),) if error.retry_after_ms else ()
+            await context.abort(error.code, str(error), trailing_metadata=hint)
         except Exception as error:  # the edge: whatever failed, the caller is told
             if not isinstance(error, DecodeFailed | ValueError):
                 logger.exception("a decode request failed")

@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator
 import grpc
 
 from kvferry.deploy.answers import Answers
-from kvferry.deploy.error_metadata import RETRY_AFTER_KEY
 from kvferry.deploy.errors import (
     BrokenStream,
     DeadlineExceeded,
@@ -22,6 +21,7 @@ from kvferry.deploy.errors import (
 )
 from kvferry.deploy.worker_pool import PooledWorker
 from kvferry.proto import inference_pb2, worker_pb2
+from kvferry.proto.trailing_metadata import retry_after_ms
 
 _END_OF_STREAM_S = 1.0
 _MAX_DETAILS = 300
@@ -85,10 +85,7 @@ def _details(error: grpc.aio.AioRpcError) -> str:
 
 
 def _retry_after_ms(error: grpc.aio.AioRpcError) -> int:
-    for key, value in error.trailing_metadata() or ():
-        if key == RETRY_AFTER_KEY and isinstance(value, str) and value.isdecimal():
-            return int(value)
-    return _DEFAULT_RETRY_MS
+    return int(retry_after_ms(error.trailing_metadata()) or _DEFAULT_RETRY_MS)
 
 
 async def _end_of_stream(call: grpc.aio.Call) -> None:

@@ -16,15 +16,17 @@ import grpc
 from kvferry.decode.prefill_stream import PrefillFailed
 from kvferry.prefill.server import PrefillServicer
 from kvferry.proto import worker_pb2
+from kvferry.proto.trailing_metadata import Metadata, retry_after_ms
 
 MAX_EVENTS_AHEAD = 64
 """Events, of at most 1 MiB each, that prefill may be ahead of decode."""
 
 
 class _Aborted(Exception):
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+    def __init__(self, code: grpc.StatusCode, details: str, trailing_metadata: Metadata) -> None:
         super().__init__(details)
         self.code = code
+        self.retry_after_ms = retry_after_ms(trailing_metadata)
 
 
 class _Context:
@@ -46,8 +48,8 @@ class _Context:
             event = worker_pb2.PrefillEvent(block_ready=worker_pb2.BlockReady(index=event.block_ready.index))
         await self.events.put(event)
 
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
-        raise _Aborted(code, details)
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
+        raise _Aborted(code, details, trailing_metadata)
 
 
 class LocalPrefillStream:
@@ -82,7 +84,7 @@ class LocalPrefillStream:
         try:
             await self._task
         except _Aborted as error:
-            raise PrefillFailed(error.code, f"prefill: {error}") from error
+            raise PrefillFailed(error.code, f"prefill: {error}", retry_after_ms=error.retry_after_ms) from error
         except TimeoutError as error:
             message = f"prefill: not done within {self._timeout_s:.1f} s"
             raise PrefillFailed(grpc.StatusCode.DEADLINE_EXCEEDED, message) from error

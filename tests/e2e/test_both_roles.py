@@ -17,6 +17,7 @@ from kvferry.deploy.client import AsyncClient
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.worker_server import ModelRuntime, WorkerServer
 from kvferry.prefill.config import PrefillConfig
+from kvferry.proto.trailing_metadata import retry_after_ms
 
 BLOCK_SIZE = 32
 
@@ -85,6 +86,25 @@ async def test_refusals_are_those_of_a_prefill_worker(serve_both: Any, make_prom
     assert error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT)
     assert (await both.generate(make_prompt(100), max_tokens=3)).tokens
     await Inside.of(both).assert_all_free()
+
+
+@pytest.mark.parametrize("roles", ["both", "two"])
+async def test_a_full_prefill_says_when_to_come_again(
+    serve_both: Any, serve_workers: Any, runtime: Any, make_prompt: Any, monkeypatch: pytest.MonkeyPatch, roles: str
+) -> None:
+    """The hint goes through decode to whoever asked."""
+    workers = await serve_both() if roles == "both" else await serve_workers(runtime())
+    server = workers.decode_server if roles == "both" else workers.prefill_server
+    monkeypatch.setattr(server.prefill_servicer, "_config", PrefillConfig(max_requests=1))
+    first = call(workers, request(workers, make_prompt(1900)))
+    async with asyncio.timeout(10):
+        while not server.prefill_servicer.num_requests:
+            await asyncio.sleep(0.005)
+    error = await failure(read(call(workers, request(workers, make_prompt(40)))))
+    first.cancel()
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert int(retry_after_ms(error.trailing_metadata())) > 0
+    await Inside.of(workers).assert_all_free()
 
 
 async def test_a_deadline_in_prefill(serve_both: Any, make_prompt: Any) -> None:
