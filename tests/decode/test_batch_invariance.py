@@ -14,21 +14,20 @@ from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.worker_server import ModelRuntime
 
 BLOCK_BYTES = 3 * 2 * 24 * 64
+NUM_BLOCKS = 40
 
 
-@pytest.mark.parametrize("num_blocks", [400, 40], ids=["room for all", "swaps"])
 async def test_no_composition_changes_a_token(
     runtime: Callable[..., ModelRuntime],
     serve_workers: Any,
     make_prompt: Any,
     monkeypatch: pytest.MonkeyPatch,
-    num_blocks: int,
 ) -> None:
     workers = await serve_workers(
-        runtime(), None, DecodeConfig(kv_memory=num_blocks * BLOCK_BYTES, max_num_seqs=9, max_waiting=200)
+        runtime(), None, DecodeConfig(kv_memory=NUM_BLOCKS * BLOCK_BYTES, max_num_seqs=9, max_waiting=200)
     )
     inside = Inside.of(workers)
-    rng = random.Random(num_blocks)
+    rng = random.Random(0)
     kinds: list[tuple[list[int], dict[str, Any]]] = [
         (
             make_prompt(rng.choice((3, 31, 32, 33, 70, 150, 300)), seed=i),
@@ -52,12 +51,12 @@ async def test_no_composition_changes_a_token(
         await asyncio.sleep(rng.random() * 4)
         which = rng.randrange(len(kinds))
         prompt, options = kinds[which]
-        answer = await workers.generate(prompt, **options, priority=rng.randint(0, 2) * (num_blocks == 40))
+        answer = await workers.generate(prompt, **options, priority=rng.randint(0, 2), timeout=200)
         assert answer.tokens == expected[which]
 
-    async with asyncio.timeout(120), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(240), asyncio.TaskGroup() as group:
         for _ in range(100):
             group.create_task(ask())
     assert len(compositions) > 500, len(compositions)
-    assert (inside.admission.num_swaps > 0) == (num_blocks == 40)
+    assert inside.admission.num_swaps > 0
     await inside.assert_all_free()
