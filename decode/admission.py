@@ -118,7 +118,10 @@ class Admission:
             self.release(mine)
 
     def release(self, mine: Reservation) -> None:
-        """Gives back all that the request holds; safe to call again."""
+        """Gives back all that the request holds, and cancels its `grow`; safe to call again."""
+        for waiter in [w for w in self._growing if w.holder is mine]:
+            self._growing.remove(waiter)
+            waiter.granted.cancel()  # else it would get a block that nobody gives back
         self._swappable.pop(mine, None)
         self._leaving.discard(mine)
         self._slots += mine.slots

@@ -150,7 +150,8 @@ class SequenceGroup:
         for sequence in self._in_engine:
             self._engine.remove(sequence)
         await finish(self._until_released())
-        await asyncio.gather(*self._growing, return_exceptions=True)
+        for task in list(self._growing):  # of blocks that were filled while the running step ended
+            task.cancel()
 
     async def _until_released(self) -> None:
         """The running step ends first: the blocks must not be given away while it writes to them. The engine

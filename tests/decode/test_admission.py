@@ -329,3 +329,17 @@ async def test_no_leak_in_200_random_reservations() -> None:
     assert min(outcomes.values()) > 10, outcomes
     assert not holders
     await assert_all_free(admission, num_slots)
+
+
+async def test_growing_ends_with_the_request() -> None:
+    """Room that comes free after a request has left does not go to its growth: nobody would give it back."""
+    admission = make(num_blocks=2, num_slots=2)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(admission.reserve(1, []))
+        async with admission.reserve(1, [], max_blocks=2) as mine:
+            growth = asyncio.create_task(admission.grow(mine))
+            await settle()
+            assert not growth.done()
+        await settle()
+        assert growth.cancelled() and mine.block_ids == []
+    await assert_all_free(admission, 2)
