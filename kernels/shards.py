@@ -2,7 +2,7 @@
 
 In a payload each (layer, KV head) is one slice, so the heads of a rank are one range a layer, and a rank's shard is
 these ranges one after the other. That is a payload of the same layout with fewer heads: kernels run on it as it is.
-Between a group of P ranks and one of D ranks bytes are copied, never repacked. Numbers only; no byte passes through here.
+Between a group of P ranks and one of D ranks bytes are copied, never repacked. Only numbers here, no bytes.
 """
 
 from __future__ import annotations
