@@ -40,7 +40,7 @@ async def test_node_killed_after_any_byte(
     start_node: Callable[..., NodeProcess],
 ) -> None:
     """SIGKILL in every step of puts and gets. What is on its disk afterwards is whole records, and is used again."""
-    kills = (36, 36, 18, 18) if IS_DEEP else (3, 3, 1, 1)
+    kills = (44, 44, 22, 22) if IS_DEEP else (4, 4, 2, 2)
     tiers = ("--memory", "64MiB", "--disk", str(tmp_path / "disk"), "--disk-bytes", "64MiB")
     rng = random.Random(1)
     node = start_node(*tiers)
