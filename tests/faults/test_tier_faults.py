@@ -121,18 +121,13 @@ async def test_redis_breaks_during_a_request(
             assert int(admin.dbsize()) >= NUM_BLOCKS - 2, "all but those that memory took and Redis could not"
 
     await prepare_phase(True)
-    sizes = {}
-    for is_warm in (False, True):
-        await prepare_phase(is_warm)
-        redis_relay.watch()
-        answer = await requests.ask()
-        assert answer.num_cached_tokens == (NUM_BLOCKS * BLOCK_SIZE if is_warm else 0)
-        sizes |= {(is_warm, way): redis_relay.passed[way] for way in ("up", "down")}
+    sizes = await bytes_by_phase(redis_relay, requests, prepare_phase)
     assert sizes[False, "up"] > 50_000 < sizes[True, "down"], "the control: the records come from Redis and go there"
     phases: list[tuple[bool, Direction]] = [(False, "up"), (True, "down")]
     errors = 0
+    count = 12 if IS_DEEP else 2
     for is_warm, direction in phases:
-        for place in places(sizes[is_warm, direction], 12 if IS_DEEP else 2, rng):
+        for place in places(sizes[is_warm, direction], count, rng):
             await prepare_phase(is_warm)
             redis_relay.arm(direction, place, break_redis)
             restarting = asyncio.create_task(restart_soon()) if fault == "restart" else None
@@ -143,7 +138,7 @@ async def test_redis_breaks_during_a_request(
                 restarting.cancel()
             await asyncio.gather(*([restarting] if restarting else []), return_exceptions=True)
             await mend()
-    assert happened == redis_relay.fired >= (36 if IS_DEEP else 3) * (2 / 3), "the control: it broke during requests"
+    assert happened == redis_relay.fired >= 0.7 * count * len(phases), "the control: it broke during requests"
     assert errors > 0 or fault == "flush", "and the tier counted it"
     admin.close()
 
@@ -197,19 +192,20 @@ async def test_disk_is_full_during_a_request(
     node = start_node(*MEMORY, "--disk", str(folder), "--disk-bytes", "1GB")
     relay.target = node.address
     sizes = await bytes_by_phase(relay, requests, lambda is_warm: prepare(node, requests, is_warm))
-    for number, place in enumerate(places(sizes[False, "up"], 12 if IS_DEEP else 3, random.Random(5))):
+    rounds = places(sizes[False, "up"], 12 if IS_DEEP else 3, random.Random(5))
+    num_refused = 0
+    for place in rounds:
         await prepare(node, requests, False)
         before = (await stats_of(node)).tiers[1].errors
         relay.arm("up", place, lambda: set_full(node, True))
         await requests.ask()
-        assert relay.fired == number + 1, "the control: it was full from the middle of the request on"
+        relay.watch()
         disk = (await stats_of(node)).tiers[1]
-        assert disk.errors > before, "and records were refused"
-        assert disk.records < NUM_BLOCKS
+        num_refused += disk.errors > before and disk.records < NUM_BLOCKS
         await requests.ask()  # with what there is, still full
         set_full(node, False)
-    await prepare(node, requests, True)
-    assert (await requests.ask()).num_cached_tokens == NUM_BLOCKS * BLOCK_SIZE
+    assert relay.fired >= num_refused >= 0.6 * len(rounds), "the control: records were refused in mid-request"
+    await bytes_by_phase(relay, requests, lambda is_warm: prepare(node, requests, is_warm))  # in use again
 
 
 @pytest.mark.timeout(1800 if IS_DEEP else 300)
@@ -230,21 +226,26 @@ async def test_cluster_node_is_lost_during_a_request(
         assert sum(shares) == NUM_BLOCKS
         lost = cluster.nodes[shares.index(max(shares))]  # at least 4 blocks, of which memory has 2 at most
         rounds = [(phase, place) for phase in PHASES[:3] for place in places(sizes[phase], 8 if IS_DEEP else 1, rng)]
+        num_met = 0
         for number, (phase, place) in enumerate([*rounds, ((True, "up"), sizes[True, "up"] // 2)]):
             is_last = number == len(rounds)
             await prepare(node, requests, phase[0])
             relay.arm(phase[1], place, lambda last=is_last: lost.signal(signal.SIGKILL if last else signal.SIGSTOP))
+            before = await stats_of(node)
             await requests.ask()
-            assert relay.fired == number + 1
-            answer = await requests.ask()  # and one that begins without that node
-            assert answer.num_cached_tokens < NUM_BLOCKS * BLOCK_SIZE
-            tier = (await stats_of(node)).tiers[1]
-            assert tier.errors + tier.refused > 0
+            if relay.fired > num_met:
+                num_met += 1
+                answer = await requests.ask()  # and one that begins without that node
+                assert answer.num_cached_tokens < NUM_BLOCKS * BLOCK_SIZE
+                tier, old = (await stats_of(node)).tiers[1], before.tiers[1]
+                assert tier.errors + tier.refused > old.errors + old.refused
+            relay.watch()
             lost.signal(signal.SIGCONT)
             if not is_last:
                 # Its own breaker: there is nothing to wait for but a block of its share.
                 async with asyncio.timeout(LIMIT_S):
                     while (await requests.ask()).num_cached_tokens < NUM_BLOCKS * BLOCK_SIZE:
                         await asyncio.sleep(0.1)
+        assert num_met >= 0.7 * len(rounds), "the control: it was lost in mid-request"
     finally:
         cluster.kill()

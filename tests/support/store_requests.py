@@ -76,10 +76,13 @@ async def bytes_by_phase(
     """The control: what each phase moves while nothing breaks, and that it moves it."""
     sizes = {}
     for is_warm in (False, True):
-        await prepare(is_warm)
-        relay.watch()
-        answer = await requests.ask()
-        assert answer.num_cached_tokens == (NUM_BLOCKS * BLOCK_SIZE if is_warm else 0)
+        async with asyncio.timeout(LIMIT_S):
+            while True:  # a look-up of 0.2 s may fail on a busy machine
+                await prepare(is_warm)
+                relay.watch()
+                answer = await requests.ask()
+                if answer.num_cached_tokens == (NUM_BLOCKS * BLOCK_SIZE if is_warm else 0):
+                    break
         for direction in ("up", "down"):
             sizes[is_warm, direction] = relay.passed[direction]
     return sizes
