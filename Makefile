@@ -10,7 +10,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 STUBS := src/kvferry/proto
 PROTOS := inference kvstore worker
 
-.PHONY: help demo test check format proto types imports clean
+# Random examples of the kernels' formats; the other deep tests only ask whether it is set.
+DEEP ?= 1000
+
+.PHONY: help demo test test-deep check format proto types imports clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -20,6 +23,10 @@ demo: $(VENV)/.demo  ## install what the demo needs and run it
 
 test: $(VENV)/.dev  ## install what the tests need and run them
 	$(BIN)/python -m pytest
+
+test-deep: $(VENV)/.dev  ## the tests that take more cases when asked: kills, faults, damage, random formats
+	KVFERRY_DEEP=$(DEEP) $(BIN)/python -m pytest tests/faults tests/kvstore/test_disk_backend.py \
+	  tests/kernels/test_cpu_random.py
 
 check: $(VENV)/.dev  ## formatting, lint, types, import contracts, generated stubs
 	$(BIN)/ruff format --check .
