@@ -112,7 +112,7 @@ class CachedPrefix:
     async def _load(self, choice: FetchChoice, keys: list[bytes], lease_id: int, limit_s: float) -> None:
         records = self._store.get(keys, lease_id=lease_id, namespace=self._namespace, timeout_s=limit_s)
         async with aclosing(records):
-            for _ in keys:
+            for num_left in reversed(range(len(keys))):
                 asked = time.monotonic()
                 record = await _within(records, choice.patience_s())
                 if record is None:
@@ -120,7 +120,7 @@ class CachedPrefix:
                     self._outcome.abandoned = True
                     return
                 self._take(record)
-                if not choice.arrived(record.nbytes, time.monotonic() - asked):
+                if not choice.arrived(record.nbytes, time.monotonic() - asked) and num_left:
                     self._outcome.abandoned = True
                     return
 
