@@ -19,7 +19,7 @@ from kvferry.deploy.answers import Answers
 from kvferry.deploy.config import GatewayConfig, ModelLimits
 from kvferry.deploy.decode_call import decode
 from kvferry.deploy.detokenizer import Detokenizer, TokenTexts, special_token_ids
-from kvferry.deploy.errors import InvalidField, NoWorker, RequestIdInUse, UnknownModel, WorkerLost
+from kvferry.deploy.errors import InvalidField, NoWorker, PromptTooLong, RequestIdInUse, UnknownModel, WorkerLost
 from kvferry.deploy.interceptor import seconds_left
 from kvferry.deploy.prompt import PromptEncoder, Tokenizer
 from kvferry.deploy.router import Router
@@ -116,8 +116,12 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._check_serving()
         async with self._warming.slot():
             token_ids = await self._prompts.encode(request)
-            decode_request = worker_pb2.DecodeRequest(token_ids=token_ids)
-            pair = self._pick(decode_request, ())
+            max_model_len = self._max_model_len(self._pool.pairs())
+            if len(token_ids) >= max_model_len:
+                raise PromptTooLong(
+                    f"The prompt has {len(token_ids):,} tokens; the model takes {max_model_len - 1:,} and an answer."
+                )
+            pair = self._pick(worker_pb2.DecodeRequest(token_ids=token_ids), ())
             worker = pair.prefill or pair.decode
             usage = await warm_prompt(
                 worker,

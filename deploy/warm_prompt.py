@@ -48,7 +48,7 @@ async def warm_prompt(
         call.cancel()
 
 
-async def _refusal(call: grpc.aio.StreamStreamCall[object, object]) -> Exception:
+async def _refusal(call: grpc.aio.StreamStreamCall[worker_pb2.PrefillCommand, worker_pb2.PrefillEvent]) -> Exception:
     status = grpc.aio.AioRpcError(
         await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
     )
