@@ -216,10 +216,15 @@ class Deployment:
                 host=settings.prefill.host,
                 port=settings.prefill.port and settings.prefill.port + i,
                 max_requests=settings.prefill.max_requests,
+                fetch=settings.prefill.fetch,
             )
             for i in range(settings.prefill.count)
         ]
-        own_prefill = None if prefill_configs else PrefillConfig(max_requests=settings.prefill.max_requests)
+        own_prefill = (
+            None
+            if prefill_configs
+            else PrefillConfig(max_requests=settings.prefill.max_requests, fetch=settings.prefill.fetch)
+        )
         decode_configs = [
             DecodeConfig(
                 host=settings.decode.host,

@@ -18,8 +18,10 @@ from pydantic import ValidationError
 from kvferry.deploy.bench_serve.command import bench_serve_command
 from kvferry.deploy.cli_bench import bench_decode_command, bench_memory_command
 from kvferry.deploy.cli_bench_store import bench_store_command
+from kvferry.deploy.cli_chooser import bench_chooser_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
+from kvferry.deploy.cli_prefetch import prefetch_prompt
 from kvferry.deploy.cli_prefill import bench_prefill_command
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.prefix.commands import prefix
@@ -45,6 +47,7 @@ bench.command("prefill")(bench_prefill_command)
 bench.command("store")(bench_store_command)
 bench.command("decode")(bench_decode_command)
 bench.command("memory")(bench_memory_command)
+bench.command("chooser")(bench_chooser_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(prefix, name="prefix")
@@ -124,11 +127,17 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; may be repeated.")] = None,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds.")] = 600.0,
+    prefetch: Annotated[
+        bool, typer.Option("--prefetch", help="No answer: only have the prompt's blocks computed and stored ahead.")
+    ] = False,
 ) -> None:
     """Send one prompt to a running gateway and stream the answer."""
     text = _prompt_text(prompt, prompt_file)
     if question:
         text = f"{text}\n\n{question}"
+    if prefetch:
+        prefetch_prompt(address, text, raw=raw, as_json=as_json, timeout=timeout)
+        return
     options: GenerateOptions = {
         "timeout": timeout,
         "max_tokens": max_tokens,

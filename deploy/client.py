@@ -50,11 +50,14 @@ from kvferry.deploy.client_messages import (
     TokenCount,
     TokenLogprobs,
     Usage,
+    Warmed,
     completion,
     count_request,
     generate_request,
     read_models,
     token_count,
+    warm_request,
+    warmed,
 )
 from kvferry.proto import inference_pb2, inference_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
@@ -83,6 +86,7 @@ __all__ = [
     "TokenLogprobs",
     "Unavailable",
     "Usage",
+    "Warmed",
 ]
 
 DEFAULT_ADDRESS = "127.0.0.1:7600"
@@ -112,6 +116,15 @@ class Client:
         request = count_request(prompt, options)
         with friendly_errors(self._address):
             return token_count(self._stub.CountTokens(request, timeout=options.get("timeout")))
+
+    def warm(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> Warmed:
+        """Has the prompt's complete blocks computed and stored ahead, when prefill is idle; waits until they are.
+
+        A later prompt that begins in the same way finds them.
+        """
+        request = warm_request(prompt, options)
+        with friendly_errors(self._address):
+            return warmed(self._stub.Warm(request, timeout=options.get("timeout")))
 
     def models(self, *, timeout: float | None = None) -> list[Model]:
         """What is served; empty while no workers are ready."""
@@ -165,6 +178,15 @@ class AsyncClient:
         request = count_request(prompt, options)
         with friendly_errors(self._address):
             return token_count(await self._stub.CountTokens(request, timeout=options.get("timeout")))
+
+    async def warm(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> Warmed:
+        """Has the prompt's complete blocks computed and stored ahead, when prefill is idle; waits until they are.
+
+        A later prompt that begins in the same way finds them.
+        """
+        request = warm_request(prompt, options)
+        with friendly_errors(self._address):
+            return warmed(await self._stub.Warm(request, timeout=options.get("timeout")))
 
     async def models(self, *, timeout: float | None = None) -> list[Model]:
         """What is served; empty while no workers are ready."""

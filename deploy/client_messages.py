@@ -118,6 +118,14 @@ class TokenCount:
 
 
 @dataclass(frozen=True, slots=True)
+class Warmed:
+    prompt_tokens: int
+    block_tokens: int  # of these, in complete blocks; only complete blocks are stored
+    cached_tokens: int  # taken from the store instead of being computed
+    stored_tokens: int  # stored by this call
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     id: str
     max_model_len: int
@@ -187,8 +195,15 @@ def count_request(prompt: str | None, options: PromptOptions) -> inference_pb2.C
     return request
 
 
+def warm_request(prompt: str | None, options: PromptOptions) -> inference_pb2.WarmRequest:
+    _check_names(options, PromptOptions)
+    request = inference_pb2.WarmRequest(model=options.get("model", ""))
+    _set_prompt(request, prompt, options)
+    return request
+
+
 def _set_prompt(
-    request: inference_pb2.GenerateRequest | inference_pb2.CountTokensRequest,
+    request: inference_pb2.GenerateRequest | inference_pb2.CountTokensRequest | inference_pb2.WarmRequest,
     prompt: str | None,
     options: PromptOptions,
 ) -> None:
@@ -257,6 +272,10 @@ def _logprob(item: inference_pb2.Logprob) -> Logprob:
 
 def token_count(reply: inference_pb2.CountTokensReply) -> TokenCount:
     return TokenCount(reply.tokens, reply.max_model_len)
+
+
+def warmed(reply: inference_pb2.WarmReply) -> Warmed:
+    return Warmed(reply.prompt_tokens, reply.block_tokens, reply.cached_tokens, reply.stored_tokens)
 
 
 def read_models(reply: inference_pb2.ListModelsReply) -> list[Model]:

@@ -19,11 +19,12 @@ from kvferry.deploy.answers import Answers
 from kvferry.deploy.config import GatewayConfig, ModelLimits
 from kvferry.deploy.decode_call import decode
 from kvferry.deploy.detokenizer import Detokenizer, TokenTexts, special_token_ids
-from kvferry.deploy.errors import InvalidField, NoWorker, RequestIdInUse, UnknownModel, WorkerLost
+from kvferry.deploy.errors import InvalidField, NoWorker, PromptTooLong, RequestIdInUse, UnknownModel, WorkerLost
 from kvferry.deploy.interceptor import seconds_left
 from kvferry.deploy.prompt import PromptEncoder, Tokenizer
 from kvferry.deploy.router import Router
 from kvferry.deploy.sampling import SamplingRules
+from kvferry.deploy.warm_prompt import warm_prompt
 from kvferry.deploy.worker_pool import PooledWorker, WorkerPair, WorkerPool
 from kvferry.proto import inference_pb2, inference_pb2_grpc, worker_pb2
 
@@ -32,6 +33,8 @@ _logger = logging.getLogger(__name__)
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ATTEMPTS = 3
+_MAX_WARMING = 8
+_MAX_WARM_QUEUED = 64
 
 
 class Gateway(inference_pb2_grpc.InferenceServicer):
@@ -63,6 +66,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._answering, self._counting = (
             Admission(max_concurrent=limits.max_concurrent, max_queued=limits.max_queued) for _ in range(2)
         )
+        self._warming = Admission(max_concurrent=_MAX_WARMING, max_queued=_MAX_WARM_QUEUED)
         self._request_ids: set[str] = set()
 
     def close(self) -> None:
@@ -103,6 +107,37 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                             usage.ttft_seconds, usage.e2e_seconds = ttft, now - received
                             chunk.usage.CopyFrom(usage)
                         yield chunk
+
+    async def Warm(self, request: inference_pb2.WarmRequest, context: Any) -> inference_pb2.WarmReply:
+        """Takes no turn of `Generate`, and does not count where requests are shared out: it only fills idle time."""
+        deadline = time.monotonic() + seconds_left(context, self._config.limits.default_timeout_s)
+        self._check_model(request.model)
+        self._prompts.check(request)
+        self._check_serving()
+        async with self._warming.slot():
+            token_ids = await self._prompts.encode(request)
+            max_model_len = self._max_model_len(self._pool.pairs())
+            if len(token_ids) >= max_model_len:
+                raise PromptTooLong(
+                    f"The prompt has {len(token_ids):,} tokens; the model takes {max_model_len - 1:,} and an answer."
+                )
+            pair = self._pick(worker_pb2.DecodeRequest(token_ids=token_ids), ())
+            worker = pair.prefill or pair.decode
+            usage = await warm_prompt(
+                worker,
+                token_ids,
+                request_id=secrets.token_hex(16),
+                tenant=self._config.tenant,
+                priority=request.priority,
+                timeout_s=max(deadline - time.monotonic(), 0.001),
+            )
+        size = worker.info.block_size if worker.info else 0
+        return inference_pb2.WarmReply(
+            prompt_tokens=len(token_ids),
+            block_tokens=len(token_ids) // size * size if size else 0,
+            cached_tokens=usage.num_cached_tokens,
+            stored_tokens=usage.store_tokens_written,
+        )
 
     async def CountTokens(
         self, request: inference_pb2.CountTokensRequest, context: Any

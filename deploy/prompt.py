@@ -23,7 +23,7 @@ ROLES = ("system", "user", "assistant")
 MAX_CHAT_MESSAGES = 4096  # each adds its share of the chat template
 TOKEN_ID_BYTES = 4
 
-PromptRequest: TypeAlias = inference_pb2.GenerateRequest | inference_pb2.CountTokensRequest
+PromptRequest: TypeAlias = inference_pb2.GenerateRequest | inference_pb2.CountTokensRequest | inference_pb2.WarmRequest
 
 
 class Tokenizer(Decoder, Protocol):

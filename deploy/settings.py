@@ -42,6 +42,8 @@ class PrefillSettings(Section):
     count: int = Field(1, ge=0, le=64)
     """0: the decode workers prefill by themselves, in the same process."""
     max_requests: int = Field(64, gt=0)
+    fetch: Literal["measured", "always", "never"] = "measured"
+    """Whether cached blocks are fetched: where that is faster than computing them, or always, or never."""
 
 
 class DecodeSettings(Section):

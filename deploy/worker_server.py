@@ -219,7 +219,7 @@ class WorkerServer:
         """What the roles of this worker are doing now."""
         stats = worker_pb2.WorkerStats()
         if self.prefill_servicer is not None:
-            stats.prefill.num_requests = self.prefill_servicer.num_requests
+            stats.prefill.CopyFrom(self.prefill_servicer.stats())
         if self._decode is not None and self.decode_worker is not None:
             engine, servicer = self._decode
             admission = self.decode_worker.admission

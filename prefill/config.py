@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+FetchMode = Literal["measured", "always", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,8 @@ class PrefillConfig:
     """Time for a request that has no deadline."""
     handoff_timeout_s: float = 60.0
     """How long blocks are kept for a decode worker that has the handoff but has not closed the stream."""
+    fetch: FetchMode = "measured"
+    """When to fetch cached blocks: where that is faster than computing them, by measured speeds; always; never."""
     lookup_timeout_s: float = 0.2
     """Longest wait for the store's answer to a look-up: what a dead store may add to TTFT."""
     fetch_timeout_s: float = 5.0

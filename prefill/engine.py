@@ -21,13 +21,12 @@ from kvferry.prefill.job import PrefillJob
 from kvferry.prefill.prompt_blocks import PromptBlocks
 from kvferry.prefill.schedule import Schedule
 from kvferry.prefill.shared_blocks import SharedBlocks
+from kvferry.prefill.speed import ComputeSpeed
 
 __all__ = ["PrefillEngine", "PrefillJob"]
 
 logger = logging.getLogger(__name__)
 
-SMOOTHING = 0.2
-"""Weight of the last pass in the measured speed."""
 SEEDS = 2**64
 
 
@@ -62,7 +61,7 @@ class PrefillEngine:
         self._kernels = kernels
         self._schedule: Schedule[PrefillJob] = Schedule()
         self._shared = SharedBlocks()
-        self._seconds_per_token = 0.0
+        self._speed = ComputeSpeed()
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="prefill-engine", daemon=True)
@@ -80,7 +79,18 @@ class PrefillEngine:
     def seconds_left(self) -> float:
         """How long the submitted jobs will take, by the speed of the last passes; 0 before the first one."""
         with self._wake:
-            return self._seconds_per_token * sum(job.num_left for job in self._schedule)
+            return self._seconds_left()
+
+    def seconds_for(self, first_token: int, end_token: int) -> float:
+        """How long these tokens of a new prompt will take, by the speed of the last passes.
+
+        Its passes take turns with those of the jobs that are here, so it waits for as much of theirs as it computes
+        itself, or for all of it if that is less.
+        """
+        with self._wake:
+            own = self._speed.seconds(first_token, end_token)
+            others = sum(not job.warm for job in self._schedule)
+            return own + min(self._seconds_left(), others * own)
 
     def compute(self, token_ids: list[int], *, timeout_s: float) -> tuple[PromptBlocks, SampledToken]:
         """Prefills a prompt while the calling thread waits; greedy first token.
@@ -170,10 +180,11 @@ class PrefillEngine:
         num_tokens = 0
         tokens: list[SampledToken] = []
         if job.num_left:
+            begin = len(job.token_ids) - job.num_left
             num_tokens, tokens = self._compute(job, 1 if others_wait or job.warm else self._max_pass_blocks)
             seconds = time.monotonic() - started
             job.compute_seconds += seconds
-            self._measure(seconds / num_tokens)
+            self._measure(begin, begin + num_tokens, seconds)
         finished = job.num_left == 0 or bool(tokens)
         if finished and not job.cancelled:
             job.on_done(tokens)
@@ -223,11 +234,17 @@ class PrefillEngine:
         seeds = [(job.sampling.seed + answer) % SEEDS for answer in range(job.num_answers)]
         return [sample(logits, replace(job.sampling, seed=seed), history) for seed in seeds]
 
-    def _measure(self, seconds_per_token: float) -> None:
+    def _measure(self, begin: int, end: int, seconds: float) -> None:
+        """Of the passes over an incomplete block only the first of all counts: they say little of complete ones."""
+        if end - begin < self.layout.block_size and self._speed.is_known:
+            return
         with self._wake:
-            if self._seconds_per_token == 0.0:
-                self._seconds_per_token = seconds_per_token
-            self._seconds_per_token += SMOOTHING * (seconds_per_token - self._seconds_per_token)
+            self._speed.measure(begin, end, seconds)
+
+    def _seconds_left(self) -> float:
+        if not self._speed.is_known:
+            return 0.0
+        return sum(self._speed.seconds(len(job.token_ids) - job.num_left, len(job.token_ids)) for job in self._schedule)
 
 
 def _ended(job: PrefillJob) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 
 import grpc
@@ -14,9 +14,11 @@ from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import FRAME_BYTES
 from kvferry.kvstore.identity import namespace_of
 from kvferry.prefill.admission import Held, check_room
-from kvferry.prefill.config import PrefillConfig
+from kvferry.prefill.chooser import MeasuredChooser
+from kvferry.prefill.config import FetchMode, PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
 from kvferry.prefill.errors import DeadlinePassed, QueueFull
+from kvferry.prefill.fetch_policy import AlwaysFetch, FetchPolicy, NeverFetch
 from kvferry.prefill.session import BlockReady, Event, HandoffReady, PrefillSession, PrefillUsage
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.trailing_metadata import RETRY_AFTER_KEY
@@ -29,6 +31,12 @@ START_TIMEOUT_S = 10.0
 """How long a stream may be open before it says what it wants."""
 LAST_WRITE_S = 5.0
 """How long a call that ends waits for a caller to take the message that is being written."""
+
+FETCH_POLICIES: dict[FetchMode, Callable[[], FetchPolicy]] = {
+    "measured": MeasuredChooser,
+    "always": AlwaysFetch,
+    "never": NeverFetch,
+}
 
 Context = grpc.aio.ServicerContext[worker_pb2.PrefillCommand, worker_pb2.PrefillEvent]
 
@@ -49,11 +57,31 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         self._info = info
         self._config = config
         self._running: dict[asyncio.Task[None], Held] = {}
+        self.fetch_policy: FetchPolicy = FETCH_POLICIES[config.fetch]()
+        """Decides for every request whether its cached blocks are fetched."""
 
     @property
     def num_requests(self) -> int:
         """Requests that are computing or publishing."""
         return len(self._running)
+
+    def stats(self) -> worker_pb2.PrefillStats:
+        """What this worker is doing, and what it has measured."""
+        counters, estimates = self.fetch_policy.counters, self.fetch_policy.estimates()
+        return worker_pb2.PrefillStats(
+            num_requests=self.num_requests,
+            num_fetches=counters.num_fetches,
+            num_fetches_abandoned=counters.num_abandoned,
+            num_recomputed=counters.num_recomputed,
+            num_lookups_skipped=counters.num_lookups_skipped,
+            num_probes=counters.num_probes,
+            num_blocks_fetched=counters.num_blocks_fetched,
+            num_blocks_recomputed=counters.num_blocks_recomputed,
+            fetch_bytes_per_second=estimates.bytes_per_s,
+            fetch_latency_seconds=estimates.latency_s,
+            lookup_seconds=estimates.lookup_s,
+            block_compute_seconds=self._engine.seconds_for(0, self._info.block_size),
+        )
 
     async def Prefill(  # type: ignore[override]  # the stubs know generators only; this one reads and writes at once
         self, request_iterator: AsyncIterator[worker_pb2.PrefillCommand], context: Context
@@ -120,6 +148,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             namespace=namespace_of(self._info.identity, tenant=start.tenant, block_size=self._info.block_size),
             engine=self._engine,
             store=self._store,
+            fetch_policy=self.fetch_policy,
             config=self._config,
             remaining_s=context.time_remaining(),
             priority=start.priority,

@@ -6,21 +6,19 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
-
-import numpy as np
-import torch
 
 from kvferry.kernels.sampling import SampledToken, SamplingParams
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.codec import encode_record
 from kvferry.kvstore.errors import KVStoreError
 from kvferry.kvstore.key import Namespace, block_keys
+from kvferry.prefill.cached_prefix import CachedPrefix
 from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
 from kvferry.prefill.errors import DeadlinePassed
+from kvferry.prefill.fetch_policy import FetchPolicy
 from kvferry.prefill.job import PrefillJob
 
 logger = logging.getLogger(__name__)
@@ -38,6 +36,12 @@ class PrefillUsage:
     queue_seconds: float = 0.0
     fetch_seconds: float = 0.0
     compute_seconds: float = 0.0
+    num_blocks_fetched: int = 0
+    num_blocks_recomputed: int = 0
+    """Computed although the store had them."""
+    fetch_abandoned: bool = False
+    fetch_choice: str = ""
+    """What was chosen for the cached blocks, and why; empty when there was nothing to choose."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,6 @@ store does not have; one PrefillUsage as the last."""
 LATE_PASS_S = 1.0
 """How long after the deadline the engine may say that it has passed."""
 
-_releases: set[asyncio.Task[None]] = set()  # the event loop itself holds tasks weakly
-
 T = TypeVar("T")
 
 
@@ -84,6 +86,7 @@ class PrefillSession:
         namespace: Namespace,
         engine: PrefillEngine,
         store: StoreClient | None,
+        fetch_policy: FetchPolicy,
         config: PrefillConfig,
         remaining_s: float | None,
         priority: int = 0,
@@ -105,6 +108,7 @@ class PrefillSession:
         self._keys = block_keys(namespace, token_ids)
         self._engine = engine
         self._store = store
+        self._fetch_policy = fetch_policy
         self._config = config
         self._fetch_budget_s = min(config.fetch_timeout_s, self._remaining_s / 4)
         self._blocks = engine.new_blocks(len(token_ids))
@@ -138,47 +142,34 @@ class PrefillSession:
         self._events.put_nowait(self._usage)
 
     async def _fetch_cached(self) -> None:
-        """Loads the longest contiguous verified prefix from the store. At least one token is left to compute, unless
-        only blocks are wanted."""
+        """Loads a contiguous verified prefix from the store, where that is faster than computing it. At least one token
+        is left to compute, unless only blocks are wanted."""
         left = 0 if self._warm else 1
-        wanted = self._keys[: (len(self._token_ids) - left) // self._engine.layout.block_size]
+        size = self._engine.layout.block_size
+        wanted = self._keys[: (len(self._token_ids) - left) // size]
         if self._store is None or not wanted:
             return
-        started = time.monotonic()
-        lease_id = 0
-        try:
-            async with asyncio.timeout(self._fetch_budget_s):
-                found = await self._store.lookup(
-                    wanted, lease_s=self._fetch_budget_s, timeout_s=self._config.lookup_timeout_s
-                )
-                lease_id = found.lease_id
-                if found.num_contiguous:
-                    await self._load(self._store, wanted[: found.num_contiguous], lease_id)
-        except (KVStoreError, ValueError, TimeoutError) as error:
-            logger.warning("prefix fetch ended early, the rest is computed: %s", error or "out of time")
-        finally:
-            if lease_id:
-                # Not awaited: an answer must not wait for it, and its failure must not hide a cancellation.
-                task = asyncio.create_task(_release(self._store, lease_id))
-                _releases.add(task)
-                task.add_done_callback(_releases.discard)
-        self._usage.fetch_seconds = time.monotonic() - started
-        self._usage.num_cached_tokens = self._blocks.num_ready * self._engine.layout.block_size
-
-    async def _load(self, store: StoreClient, keys: list[bytes], lease_id: int) -> None:
-        records = store.get(keys, lease_id=lease_id, namespace=self._namespace, timeout_s=self._fetch_budget_s)
-        block_size = self._engine.layout.block_size
-        async with aclosing(records):
-            async for record in records:
-                index = self._blocks.num_ready
-                if record.header.block_index != index or record.header.num_tokens != block_size:
-                    raise ValueError(f"the record says block {record.header.block_index}, not {index}")
-                # The copy is writable; torch warns about the record's read-only buffer.
-                payload = torch.from_numpy(np.frombuffer(record.payload, np.uint8).copy())
-                self._blocks.load(index, payload)
-                self._usage.store_bytes_read += record.nbytes
-                self._usage.store_tokens_read += block_size
-                self._events.put_nowait(BlockReady(index, in_store=True))
+        prefix = CachedPrefix(
+            store=self._store,
+            policy=self._fetch_policy,
+            blocks=self._blocks,
+            keys=wanted,
+            namespace=self._namespace,
+            on_block=lambda index: self._events.put_nowait(BlockReady(index, in_store=True)),
+        )
+        outcome = await prefix.fetch(
+            compute_s=lambda first, last: self._engine.seconds_for(first * size, last * size),
+            limit_s=self._fetch_budget_s,
+            lookup_timeout_s=self._config.lookup_timeout_s,
+        )
+        usage = self._usage
+        usage.fetch_seconds = outcome.seconds
+        usage.num_cached_tokens = usage.store_tokens_read = outcome.num_fetched * size
+        usage.store_bytes_read = outcome.num_bytes
+        usage.num_blocks_fetched = outcome.num_fetched
+        usage.num_blocks_recomputed = outcome.num_found - outcome.num_fetched
+        usage.fetch_abandoned = outcome.abandoned
+        usage.fetch_choice = outcome.reason
 
     async def _compute(self) -> None:
         loop = asyncio.get_running_loop()
@@ -269,11 +260,6 @@ class PrefillSession:
             self._usage.store_bytes_written += len(record)
             self._usage.store_tokens_written += self._engine.layout.block_size
         return True
-
-
-async def _release(store: StoreClient, lease_id: int) -> None:
-    with suppress(KVStoreError):  # then the lease ends by itself
-        await store.release(lease_id)
 
 
 def _on_loop(

@@ -39,6 +39,11 @@ class InferenceStub:
                 request_serializer=kvferry_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=kvferry_dot_proto_dot_inference__pb2.GenerateChunk.FromString,
                 _registered_method=True)
+        self.Warm = channel.unary_unary(
+                '/kvferry.inference.v1.Inference/Warm',
+                request_serializer=kvferry_dot_proto_dot_inference__pb2.WarmRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_inference__pb2.WarmReply.FromString,
+                _registered_method=True)
         self.CountTokens = channel.unary_unary(
                 '/kvferry.inference.v1.Inference/CountTokens',
                 request_serializer=kvferry_dot_proto_dot_inference__pb2.CountTokensRequest.SerializeToString,
@@ -56,6 +61,14 @@ class InferenceServicer:
 
     def Generate(self, request, context):
         """Streams the answer. Every chunk carries the index of its first token; indexes have no gap and no repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Warm(self, request, context):
+        """Has the prompt's complete blocks computed and stored, when prefill has nothing else to do: a later prompt that begins
+        in the same way finds them. Answers when they are stored; the client may leave before, which ends the work.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,6 +94,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=kvferry_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=kvferry_dot_proto_dot_inference__pb2.GenerateChunk.SerializeToString,
+            ),
+            'Warm': grpc.unary_unary_rpc_method_handler(
+                    servicer.Warm,
+                    request_deserializer=kvferry_dot_proto_dot_inference__pb2.WarmRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_inference__pb2.WarmReply.SerializeToString,
             ),
             'CountTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.CountTokens,
@@ -120,6 +138,33 @@ class Inference:
             '/kvferry.inference.v1.Inference/Generate',
             kvferry_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
             kvferry_dot_proto_dot_inference__pb2.GenerateChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Warm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.inference.v1.Inference/Warm',
+            kvferry_dot_proto_dot_inference__pb2.WarmRequest.SerializeToString,
+            kvferry_dot_proto_dot_inference__pb2.WarmReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,6 +33,10 @@ class InferenceStub:
     def __new__(cls, channel: _aio.Channel) -> InferenceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateChunk]
     """Streams the answer. Every chunk carries the index of its first token; indexes have no gap and no repeat."""
+    Warm: _grpc.UnaryUnaryMultiCallable[_inference_pb2.WarmRequest, _inference_pb2.WarmReply]
+    """Has the prompt's complete blocks computed and stored, when prefill has nothing else to do: a later prompt that begins
+    in the same way finds them. Answers when they are stored; the client may leave before, which ends the work.
+    """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CountTokensRequest, _inference_pb2.CountTokensReply]
     """How many tokens a prompt is, after the chat template. Computes nothing."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsReply]
@@ -42,6 +46,10 @@ class InferenceAsyncStub(InferenceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateChunk]  # type: ignore[assignment]
     """Streams the answer. Every chunk carries the index of its first token; indexes have no gap and no repeat."""
+    Warm: _aio.UnaryUnaryMultiCallable[_inference_pb2.WarmRequest, _inference_pb2.WarmReply]  # type: ignore[assignment]
+    """Has the prompt's complete blocks computed and stored, when prefill has nothing else to do: a later prompt that begins
+    in the same way finds them. Answers when they are stored; the client may leave before, which ends the work.
+    """
     CountTokens: _aio.UnaryUnaryMultiCallable[_inference_pb2.CountTokensRequest, _inference_pb2.CountTokensReply]  # type: ignore[assignment]
     """How many tokens a prompt is, after the chat template. Computes nothing."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsReply]  # type: ignore[assignment]
@@ -54,6 +62,16 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateChunk], _abc.AsyncIterator[_inference_pb2.GenerateChunk]]:
         """Streams the answer. Every chunk carries the index of its first token; indexes have no gap and no repeat."""
+
+    @_abc_1.abstractmethod
+    def Warm(
+        self,
+        request: _inference_pb2.WarmRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.WarmReply, _abc.Awaitable[_inference_pb2.WarmReply]]:
+        """Has the prompt's complete blocks computed and stored, when prefill has nothing else to do: a later prompt that begins
+        in the same way finds them. Answers when they are stored; the client may leave before, which ends the work.
+        """
 
     @_abc_1.abstractmethod
     def CountTokens(

@@ -133,16 +133,55 @@ class PrefillStats(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    NUM_FETCHES_FIELD_NUMBER: _builtins.int
+    NUM_FETCHES_ABANDONED_FIELD_NUMBER: _builtins.int
+    NUM_RECOMPUTED_FIELD_NUMBER: _builtins.int
+    NUM_LOOKUPS_SKIPPED_FIELD_NUMBER: _builtins.int
+    NUM_PROBES_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FETCHED_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_RECOMPUTED_FIELD_NUMBER: _builtins.int
+    FETCH_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    FETCH_LATENCY_SECONDS_FIELD_NUMBER: _builtins.int
+    LOOKUP_SECONDS_FIELD_NUMBER: _builtins.int
+    BLOCK_COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     num_requests: _builtins.int
     """computing or publishing"""
+    num_fetches: _builtins.int
+    """Fetching cached blocks or computing them again; counts since the start."""
+    num_fetches_abandoned: _builtins.int
+    num_recomputed: _builtins.int
+    """requests that found blocks and computed all of them"""
+    num_lookups_skipped: _builtins.int
+    num_probes: _builtins.int
+    """fetches from a path that was slower, to see whether it still is"""
+    num_blocks_fetched: _builtins.int
+    num_blocks_recomputed: _builtins.int
+    """although the store had them"""
+    fetch_bytes_per_second: _builtins.float
+    """What is measured now; 0 where nothing is."""
+    fetch_latency_seconds: _builtins.float
+    lookup_seconds: _builtins.float
+    block_compute_seconds: _builtins.float
+    """of a prompt's first block, waiting for other requests included"""
     def __init__(
         self,
         *,
         num_requests: _builtins.int = ...,
+        num_fetches: _builtins.int = ...,
+        num_fetches_abandoned: _builtins.int = ...,
+        num_recomputed: _builtins.int = ...,
+        num_lookups_skipped: _builtins.int = ...,
+        num_probes: _builtins.int = ...,
+        num_blocks_fetched: _builtins.int = ...,
+        num_blocks_recomputed: _builtins.int = ...,
+        fetch_bytes_per_second: _builtins.float = ...,
+        fetch_latency_seconds: _builtins.float = ...,
+        lookup_seconds: _builtins.float = ...,
+        block_compute_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_requests", b"num_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_compute_seconds", b"block_compute_seconds", "fetch_bytes_per_second", b"fetch_bytes_per_second", "fetch_latency_seconds", b"fetch_latency_seconds", "lookup_seconds", b"lookup_seconds", "num_blocks_fetched", b"num_blocks_fetched", "num_blocks_recomputed", b"num_blocks_recomputed", "num_fetches", b"num_fetches", "num_fetches_abandoned", b"num_fetches_abandoned", "num_lookups_skipped", b"num_lookups_skipped", "num_probes", b"num_probes", "num_recomputed", b"num_recomputed", "num_requests", b"num_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -545,6 +584,10 @@ class PrefillUsage(_message.Message):
     QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     FETCH_SECONDS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FETCHED_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_RECOMPUTED_FIELD_NUMBER: _builtins.int
+    FETCH_ABANDONED_FIELD_NUMBER: _builtins.int
+    FETCH_CHOICE_FIELD_NUMBER: _builtins.int
     num_cached_tokens: _builtins.int
     store_bytes_read: _builtins.int
     """records fetched from the store, headers included"""
@@ -556,6 +599,13 @@ class PrefillUsage(_message.Message):
     queue_seconds: _builtins.float
     fetch_seconds: _builtins.float
     compute_seconds: _builtins.float
+    num_blocks_fetched: _builtins.int
+    num_blocks_recomputed: _builtins.int
+    """although the store had them"""
+    fetch_abandoned: _builtins.bool
+    """it was slower than computing the rest, or stalled"""
+    fetch_choice: _builtins.str
+    """what was chosen and why, for people; empty: there was nothing to choose"""
     def __init__(
         self,
         *,
@@ -567,10 +617,14 @@ class PrefillUsage(_message.Message):
         queue_seconds: _builtins.float = ...,
         fetch_seconds: _builtins.float = ...,
         compute_seconds: _builtins.float = ...,
+        num_blocks_fetched: _builtins.int = ...,
+        num_blocks_recomputed: _builtins.int = ...,
+        fetch_abandoned: _builtins.bool = ...,
+        fetch_choice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "fetch_seconds", b"fetch_seconds", "num_cached_tokens", b"num_cached_tokens", "queue_seconds", b"queue_seconds", "store_bytes_read", b"store_bytes_read", "store_bytes_written", b"store_bytes_written", "store_tokens_read", b"store_tokens_read", "store_tokens_written", b"store_tokens_written"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "fetch_abandoned", b"fetch_abandoned", "fetch_choice", b"fetch_choice", "fetch_seconds", b"fetch_seconds", "num_blocks_fetched", b"num_blocks_fetched", "num_blocks_recomputed", b"num_blocks_recomputed", "num_cached_tokens", b"num_cached_tokens", "queue_seconds", b"queue_seconds", "store_bytes_read", b"store_bytes_read", "store_bytes_written", b"store_bytes_written", "store_tokens_read", b"store_tokens_read", "store_tokens_written", b"store_tokens_written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -178,7 +178,7 @@ class Workers:
 async def _serve_workers(
     runtime: ModelRuntime, store_address: str | None, decode_config: DecodeConfig | None = None
 ) -> AsyncIterator[Workers]:
-    prefill = WorkerServer(runtime, config=PrefillConfig(), store_address=store_address)
+    prefill = WorkerServer(runtime, config=PrefillConfig(fetch="always"), store_address=store_address)
     decode = WorkerServer(
         runtime, config=decode_config or DecodeConfig(kv_memory=32 * 2**20), store_address=store_address
     )

@@ -32,7 +32,7 @@ async def serve_both(runtime: Callable[..., ModelRuntime], serve_workers: Any) -
                 runtime(),
                 config=DecodeConfig(kv_memory=32 * 2**20),
                 store_address=store,
-                own_prefill=PrefillConfig(**prefill),
+                own_prefill=PrefillConfig(fetch="always", **prefill),
             )
             address = await server.start()
             stack.push_async_callback(server.stop, 0.2)

@@ -40,7 +40,7 @@ def served(
         "block_size: 32\n"
         "gateway: {port: 0}\n"
         "store: {port: 0, memory: 64MiB}\n"
-        "prefill: {port: 0}\n"
+        "prefill: {port: 0, fetch: always}\n"
         "decode: {port: 0, kv_memory: 16MiB}\n"
     )
     log = tmp_path / "serve.log"

@@ -145,8 +145,10 @@ def test_what_is_left_is_estimated(watched: WatchedEngine, make_prompt: Any) -> 
     watched.passes.clear()
     job = watched.submit(make_prompt(1000, seed=1))
     assert gate.reached.wait(LIMIT_S)
-    assert watched.engine.seconds_left == pytest.approx(1000 * watched.engine._seconds_per_token)
-    assert watched.engine.seconds_left > 0
+    alone = watched.engine._speed.seconds(0, 1000)
+    assert watched.engine.seconds_left == pytest.approx(alone) and alone > 0
+    assert watched.engine.seconds_for(0, 32) == pytest.approx(2 * watched.engine._speed.seconds(0, 32))  # takes turns
+    assert watched.engine.seconds_for(0, 5000) == pytest.approx(watched.engine._speed.seconds(0, 5000) + alone)
     job.job.cancel()
     gate.open()
 

@@ -91,7 +91,7 @@ async def test_a_warmed_prompt_is_a_hit(
     keys = block_keys(namespace_of(worker.identity, tenant="default", block_size=BLOCK_SIZE), prompt)
     cold_store, store = await make_store(), await make_store()
     cold = await (await serve_workers(worker, cold_store.address)).generate(prompt)
-    async with prefill_worker(worker, PrefillConfig(), store.address) as stub:
+    async with prefill_worker(worker, PrefillConfig(fetch="always"), store.address) as stub:
         events = await drain(await start(stub, worker, prompt, warm=True))
         assert kinds(events) == ["block_ready"] * NUM_BLOCKS + ["finished"]
         assert all(event.block_ready.in_store for event in events[:-1])

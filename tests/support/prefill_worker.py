@@ -15,7 +15,7 @@ from kvferry.prefill.config import PrefillConfig
 async def serve(model: str, block_size: int, threads: int, store_address: str | None) -> None:
     torch.set_num_threads(threads)
     runtime = ModelRuntime(ModelConfig(model=model, spec=KVQuantSpec(block_size=block_size), dtype="float32"))
-    server = WorkerServer(runtime, config=PrefillConfig(), store_address=store_address)
+    server = WorkerServer(runtime, config=PrefillConfig(fetch="always"), store_address=store_address)
     print(f"serving on {await server.start()},", flush=True)
     await asyncio.Event().wait()
 
