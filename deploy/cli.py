@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from kvferry.deploy.bench_serve.command import bench_serve_command
 from kvferry.deploy.cli_bench_store import bench_store_command
+from kvferry.deploy.cli_bench_transfer import bench_transfer_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.cli_prefill import bench_prefill_command
@@ -42,6 +43,7 @@ app.add_typer(bench, name="bench")
 bench.command("serve")(bench_serve_command)
 bench.command("prefill")(bench_prefill_command)
 bench.command("store")(bench_store_command)
+bench.command("transfer")(bench_transfer_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(prefix, name="prefix")
