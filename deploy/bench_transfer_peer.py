@@ -112,10 +112,12 @@ class Peer:
     async def generate(
         self, *, server: str, prefill: str, request_id: str, token_ids: list[int], max_tokens: int, timeout_s: float
     ) -> dict[str, Any]:
-        """One request as a client of this machine sees it."""
+        """One request as a client of this machine sees it. "recompute" has a tenant of its own: the workers of this
+        process share the blocks that they hold."""
+        how = request_id.partition(":")[0]
         request = worker_pb2.DecodeRequest(
             request_id=request_id,
-            tenant="bench",
+            tenant="recompute" if how == "recompute" else "bench",
             token_ids=token_ids,
             sampling=worker_pb2.SamplingParams(max_tokens=max_tokens),
             prefill_address=prefill,
