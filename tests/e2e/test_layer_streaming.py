@@ -217,7 +217,8 @@ async def test_a_receiver_that_does_not_read_holds_up_nobody(
         identity=worker.identity,
         pieces=worker_pb2.PieceRequest(blocks=range(60)),
     )
-    async with grpc.aio.insecure_channel(workers.prefill_address) as channel:
+    window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)]  # else it grows past this prompt
+    async with grpc.aio.insecure_channel(workers.prefill_address, options=window) as channel:
         call = worker_pb2_grpc.PrefillStub(channel).Prefill(timeout=LIMIT_S)
         await call.write(worker_pb2.PrefillCommand(start=start))
         async with asyncio.timeout(LIMIT_S):
