@@ -70,6 +70,21 @@ class PackedCache:
             self.keep_sinks(block_id, sinks)
         return block
 
+    def load_layer(
+        self, share: Tensor, layer: int, block_index: int, *, block_id: int | None, slot: int | None
+    ) -> Tensor | None:
+        """Copies one layer of a stored payload (uint8) into a block of the pool and into a sequence's ring, each where
+        it is not None; returns the layer's sinks of block 0, for `keep_sinks`.
+
+        Raises ValueError for numbers that no block has.
+        """
+        pages, sinks = self.layout.split_layer(share, layer, block_index)
+        if block_id is not None:
+            _put_layer(self.pool[block_id], self.pool_layout, layer, pages)
+        if slot is not None and self.ring_blocks:
+            _put_layer(self.rings[slot, block_index % self.ring_blocks], self.rings_layout, layer, pages)
+        return sinks
+
     def in_ring(self, block_index: int, num_blocks: int) -> bool:
         """Whether a sequence of `num_blocks` complete blocks still needs this one in its ring."""
         return block_index >= num_blocks - self.ring_blocks
@@ -169,6 +184,13 @@ class PackedCache:
         rings = self.rings.view(-1, self.rings_layout.block_bytes)
         table = (whole.slots.view(-1, 1) * self.ring_blocks + places).contiguous()
         return StepBatch(whole, replace(whole, layout=self.rings_layout, pool=rings, block_tables=table))
+
+
+def _put_layer(target: Tensor, layout: BlockLayout, layer: int, pages: Tensor) -> None:
+    """Copies a layer's pages to their place in a block of `layout`, which may not hold the layer."""
+    _, offset, head_bytes = layout.layers[layer]
+    if head_bytes:
+        target[offset : offset + pages.numel()].copy_(pages)
 
 
 def split_layers(layout: BlockLayout, windows: Sequence[int | None] | None) -> tuple[BlockLayout, BlockLayout, int]:

@@ -1,9 +1,11 @@
-"""Fills a sequence's blocks: from this worker's pool, from the store, or straight from the prefill worker."""
+"""Fills a sequence's blocks: from this worker's pool, from the store, or straight from the prefill worker, which sends
+those that it computes in pieces."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -12,8 +14,9 @@ import numpy as np
 import torch
 
 from kvferry.decode.cache import PackedCache
+from kvferry.decode.pieces import IncomingPieces
 from kvferry.kvstore.client import StoreClient
-from kvferry.kvstore.codec import Record, decode_record
+from kvferry.kvstore.codec import Record, RecordDigest, decode_record
 from kvferry.kvstore.errors import KVStoreError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +49,9 @@ class BlockFetcher:
 
     `missing` are the indices to load; those of them that are `present` are in the pool already, and only the ring in
     `slot` lacks them. `announce` is called as prefill finishes blocks; those that the store does not give are asked for
-    with `ask_prefill` and come in through `receive`. `loaded` is called with each index once it is loaded.
+    with `ask_prefill` and come in through `receive`. Blocks that prefill computes come in through `receive_piece` and
+    `seal` instead; one of which a piece is damaged is asked for again. `loaded` is called with each index once it is
+    loaded and verified: until then nobody else knows the block, whatever was written into it.
     """
 
     def __init__(
@@ -79,7 +84,11 @@ class BlockFetcher:
         self._elsewhere: asyncio.Queue[int] = asyncio.Queue()
         self._complete = asyncio.Event()
         self._incoming: _Incoming | None = None
+        self._pieces: dict[int, IncomingPieces] = {}
+        self._sinks: list[torch.Tensor] = []
         self.usage = TransferUsage()
+        self.completed_at: float | None = None
+        """time.monotonic() when the last missing block was loaded."""
         if not missing:
             self._complete.set()
 
@@ -110,6 +119,50 @@ class BlockFetcher:
         self.usage.handoff_bytes += record.nbytes
         self.usage.handoff_tokens += record.header.num_tokens
         self._load(index, record)
+
+    def receive_piece(self, index: int, offset: int, data: bytes, crc32: int) -> None:
+        """A piece of a block that prefill is computing. Raises ValueError when nobody asked for it."""
+        if index not in self._missing:
+            raise ValueError(f"prefill sent a piece of block {index}, which nobody asked for")
+        if index not in self._pieces:
+            self._pieces[index] = self._expect_pieces(index)
+        self.usage.handoff_bytes += len(data)
+        self._pieces[index].append(offset, data, crc32)
+
+    def seal(self, index: int, checksum: bytes) -> None:
+        """All pieces of a block came; `checksum` is its record's. Raises ValueError when none did."""
+        pieces = self._pieces.pop(index, None)
+        if pieces is None:
+            raise ValueError(f"prefill sealed block {index}, of which nothing came")
+        if not pieces.sealed(checksum):
+            logger.warning("block %d is asked for again: %s", index, pieces.problem)
+            self._elsewhere.put_nowait(index)
+            return
+        if index == 0 and index not in self._present:
+            self._cache.keep_sinks(self._block_ids[0], torch.stack(self._sinks))
+        self.usage.handoff_tokens += self._cache.layout.block_size
+        self._finish(index)
+
+    def _expect_pieces(self, index: int) -> IncomingPieces:
+        layout = self._cache.layout
+        digest = RecordDigest(
+            key=self._keys[index],
+            namespace=self._namespace,
+            block_index=index,
+            num_tokens=layout.block_size,
+            payload_bytes=layout.payload_bytes(index),
+        )
+        block_id = None if index in self._present else self._block_ids[index]
+        slot = self._slot if self._cache.in_ring(index, len(self._keys)) else None
+
+        def load(layer: int, share: bytearray) -> None:
+            payload = torch.frombuffer(share, dtype=torch.uint8)
+            sinks = self._cache.load_layer(payload, layer, index, block_id=block_id, slot=slot)
+            if sinks is not None:
+                self._sinks.append(sinks)
+
+        sizes = [layout.layer_share_bytes(layer, index) for layer in range(layout.num_layers)]
+        return IncomingPieces(sizes, digest, load)
 
     async def run(self) -> None:
         """Ends when every missing block is loaded."""
@@ -162,9 +215,13 @@ class BlockFetcher:
             block = self._cache.load_block(self._block_ids[index], payload, index)
         if self._cache.in_ring(index, len(self._keys)):
             self._cache.load_ring(self._slot, block, index)
+        self._finish(index)
+
+    def _finish(self, index: int) -> None:
         self._missing.discard(index)
         self._loaded(index)
         if not self._missing:
+            self.completed_at = time.monotonic()
             self._complete.set()
 
 

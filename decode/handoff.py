@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,6 +13,7 @@ import grpc
 
 from kvferry.decode.fetch import BlockFetcher
 from kvferry.decode.prefill_stream import PrefillFailed, PrefillStream
+from kvferry.decode.tail import IncomingTail
 from kvferry.kvstore.errors import KVStoreError
 from kvferry.proto import worker_pb2
 
@@ -19,11 +22,18 @@ class HandoffReceiver:
     """Reads a Prefill stream and feeds the fetcher. Entering the context starts the prefill; leaving it stops
     whatever of it is still running. Every method raises PrefillFailed when the prefill worker fails."""
 
-    def __init__(self, stream: PrefillStream, fetcher: BlockFetcher) -> None:
+    def __init__(
+        self, stream: PrefillStream, fetcher: BlockFetcher, *, num_blocks: int, num_layers: int, tail_bytes: int
+    ) -> None:
+        """`num_blocks`: complete ones of the prompt; `tail_bytes`: of the incomplete one, in all layers."""
+        self._num_blocks = num_blocks
+        self._tail_bytes = tail_bytes
+        self._incoming_tail = IncomingTail(num_layers=num_layers, tail_bytes=tail_bytes)
         self._stream = stream
         self._fetcher = fetcher
         self._first: asyncio.Future[list[worker_pb2.TokenChunk]] = asyncio.Future()
         self._tail: asyncio.Future[bytes] = asyncio.Future()
+        self._handed_over_at = self._tail_at = 0.0
         self._so_far: asyncio.Future[worker_pb2.PrefillUsage] = asyncio.Future()
         self._finished: asyncio.Future[worker_pb2.PrefillUsage] = asyncio.Future()
         self._tasks: list[asyncio.Task[None]] = []
@@ -57,14 +67,19 @@ class HandoffReceiver:
             raise PrefillFailed(grpc.StatusCode.INTERNAL, message)
         return tokens
 
-    async def complete(self, tail_bytes: int) -> bytes:
-        """Waits until every block is in the pool; returns the tail, which must have `tail_bytes`."""
+    async def complete(self) -> bytes:
+        """Waits until every block is in the pool; returns the tail."""
         await self._until(self._tail)
-        if len(self._tail.result()) != tail_bytes:
-            raise PrefillFailed(grpc.StatusCode.UNAVAILABLE, "the prefill worker sent a tail of another length")
         await self._until(self._tasks[1])
         await self._stream.done()
         return self._tail.result()
+
+    @property
+    def transfer_seconds(self) -> float:
+        """How long this worker waited for blocks and tail after the handoff message; 0 when they came before it. Ask
+        after `complete`."""
+        done_at = max(self._fetcher.completed_at or 0.0, self._tail_at)
+        return max(done_at - self._handed_over_at, 0.0)
 
     def account(self) -> worker_pb2.PrefillUsage:
         """Prefill's account of the request as far as it is known now; what is still being published may lack."""
@@ -93,31 +108,56 @@ class HandoffReceiver:
             if reader.done() and not wanted.done():
                 raise PrefillFailed(grpc.StatusCode.UNAVAILABLE, "the prefill worker ended its stream too early")
 
-    def _receive(self, frame: worker_pb2.BlockFrame) -> None:
-        try:
-            self._fetcher.receive(frame.index, frame.record_bytes, frame.chunk)
-        except KVStoreError as error:
-            message = f"the prefill worker sent a damaged block: {error}"
-            raise PrefillFailed(grpc.StatusCode.UNAVAILABLE, message) from error
-
     async def _read(self) -> None:
-        tail, tail_bytes = bytearray(), -1
         async for event in self._stream.events():
-            match event.WhichOneof("event"):
-                case "block_ready":
-                    ready = event.block_ready
-                    self._fetcher.announce(ready.index, in_store=ready.in_store)
-                case "block":
-                    self._receive(event.block)
-                case "handoff":
-                    tail_bytes = event.handoff.tail_bytes
-                    self._so_far.set_result(event.handoff.usage)
-                    self._first.set_result([event.handoff.first_token, *event.handoff.other_first_tokens])
-                case "tail_chunk":
-                    tail += event.tail_chunk
-                    if len(tail) > tail_bytes:
-                        raise PrefillFailed(grpc.StatusCode.UNAVAILABLE, "the prefill worker sent too long a tail")
-                case "finished":
-                    self._finished.set_result(event.finished)
-            if len(tail) == tail_bytes and not self._tail.done():
-                self._tail.set_result(bytes(tail))
+            try:
+                self._take(event)
+            except KVStoreError as error:
+                message = f"the prefill worker sent a damaged block: {error}"
+                raise PrefillFailed(grpc.StatusCode.UNAVAILABLE, message) from error
+            if not self._tail.done() and self._handed_over_at and (tail := self._incoming_tail.whole) is not None:
+                self._tail_at = time.monotonic()
+                self._tail.set_result(tail)
+
+    def _take(self, event: worker_pb2.PrefillEvent) -> None:
+        match event.WhichOneof("event"):
+            case "block_ready":
+                ready = event.block_ready
+                self._fetcher.announce(ready.index, in_store=ready.in_store)
+            case "block":
+                self._fetcher.receive(event.block.index, event.block.record_bytes, event.block.chunk)
+            case "pieces":
+                for piece in event.pieces.pieces:
+                    if piece.index == self._num_blocks:
+                        with _tail_problem():
+                            self._incoming_tail.append_piece(piece.offset, piece.data, piece.crc32)
+                    else:
+                        self._fetcher.receive_piece(piece.index, piece.offset, piece.data, piece.crc32)
+            case "seal":
+                if event.seal.index == self._num_blocks:
+                    with _tail_problem():
+                        self._incoming_tail.seal(event.seal.checksum)
+                else:
+                    self._fetcher.seal(event.seal.index, event.seal.checksum)
+            case "handoff":
+                self._handed_over_at = time.monotonic()
+                if event.handoff.tail_bytes != self._tail_bytes:
+                    message = "the prefill worker announced a tail of another length"
+                    raise PrefillFailed(grpc.StatusCode.UNAVAILABLE, message)
+                self._so_far.set_result(event.handoff.usage)
+                self._first.set_result([event.handoff.first_token, *event.handoff.other_first_tokens])
+            case "tail_chunk":
+                with _tail_problem():
+                    self._incoming_tail.append_chunk(event.tail_chunk)
+            case "finished":
+                self._finished.set_result(event.finished)
+
+
+@contextmanager
+def _tail_problem() -> Iterator[None]:
+    """A tail is in no store, and prefill is asked for it once: what is wrong with it ends the request."""
+    try:
+        yield
+    except ValueError as error:
+        message = f"the prefill worker sent a damaged tail: {error}"
+        raise PrefillFailed(grpc.StatusCode.UNAVAILABLE, message) from error

@@ -35,9 +35,11 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         vocab_size: int,
         config: DecodeConfig,
         local_prefill: Callable[[worker_pb2.PrefillStart, float], PrefillStream] | None = None,
+        remote_prefill: type[RemotePrefillStream] = RemotePrefillStream,
     ) -> None:
         """`local_prefill` opens an exchange with the prefill worker in this process, for requests that name no other;
-        its second argument is the time limit in seconds."""
+        its second argument is the time limit in seconds. `remote_prefill`: how to reach the others."""
+        self._remote_prefill = remote_prefill
         self._worker = worker
         self._info = info
         self._vocab_size = vocab_size
@@ -58,7 +60,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             token_ids=list(request.token_ids),
             sampling=SamplingParams.of(request.sampling),
             namespace=namespace_of(self._info.identity, tenant=request.tenant, block_size=self._info.block_size),
-            open_prefill=lambda: self._open_prefill(request, context),
+            open_prefill=lambda missing: self._open_prefill(request, context, missing),
             remaining_s=context.time_remaining(),
             priority=request.priority,
         )
@@ -105,7 +107,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         if problem:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
 
-    def _open_prefill(self, request: worker_pb2.DecodeRequest, context: Context) -> PrefillStream:
+    def _open_prefill(self, request: worker_pb2.DecodeRequest, context: Context, missing: list[int]) -> PrefillStream:
         remaining = context.time_remaining()
         return self._prefill_stream(
             request,
@@ -116,6 +118,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
                 sampling=request.sampling,
                 identity=self._info.identity,
                 priority=request.priority,
+                pieces=worker_pb2.PieceRequest(blocks=missing),
             ),
             timeout_s=self._config.prefill_timeout_s if remaining is None else remaining,
         )
@@ -146,7 +149,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         if not address:
             assert self._local_prefill is not None  # `_check`
             return self._local_prefill(start, timeout_s)
-        return RemotePrefillStream(self._channels.get(address), address, start, timeout_s=timeout_s)
+        return self._remote_prefill(self._channels.get(address), address, start, timeout_s=timeout_s)
 
 
 def answer_to_pb(answer: Answer) -> worker_pb2.TokenChunk:

@@ -31,6 +31,7 @@ class RequestUsage:
     transfer: TransferUsage = field(default_factory=TransferUsage)
     num_local_tokens: int = 0
     transfer_seconds: float = 0.0
+    """From the handoff message until the last block and the tail were here."""
     decode_seconds: float = 0.0
 
 
@@ -70,14 +71,15 @@ class DecodeWorker:
         token_ids: list[int],
         sampling: SamplingParams,
         namespace: Namespace,
-        open_prefill: Callable[[], PrefillStream],
+        open_prefill: Callable[[list[int]], PrefillStream],
         remaining_s: float | None,
         priority: int = 0,
     ) -> AsyncGenerator[Answer]:
         """Yields the tokens of `sampling.n` answers, each answer's in order. Closing the generator stops the work and
         frees the room. The answers share the prompt's complete blocks.
 
-        `remaining_s`: until the request's deadline; None without one. `priority`: lower goes first.
+        `open_prefill` gets the indices of the complete blocks that this worker lacks. `remaining_s`: until the
+        request's deadline; None without one. `priority`: lower goes first.
         """
         n = sampling.n
         keys = block_keys(namespace, token_ids)
@@ -94,10 +96,19 @@ class DecodeWorker:
             priority=priority,
         ) as room:
             usage.num_local_tokens = len(room.shared) * namespace.block_size
-            stream = open_prefill()
-            fetcher = self._fetcher(keys, namespace, room, stream, remaining_s)
+            in_ring = {index for index in range(len(keys)) if self._cache.in_ring(index, len(keys))}
+            missing = set(range(len(keys))) - room.shared | in_ring
+            stream = open_prefill(sorted(missing))
+            fetcher = self._fetcher(keys, namespace, room, missing, stream, remaining_s)
             usage.transfer = fetcher.usage
-            async with HandoffReceiver(stream, fetcher) as handoff:
+            receiver = HandoffReceiver(
+                stream,
+                fetcher,
+                num_blocks=len(keys),
+                num_layers=self._cache.layout.num_layers,
+                tail_bytes=tail_bytes,
+            )
+            async with receiver as handoff:
                 chunks = await handoff.first_tokens(n)
                 histories = [_history(token_ids, chunk.token_id) for chunk in chunks]
                 reasons = [finish_reason(c.token_id, h, sampling) for c, h in zip(chunks, histories, strict=True)]
@@ -107,9 +118,8 @@ class DecodeWorker:
                     yield Answer(choice, _first_event(chunk, sampling, reason), usage)
                 if not unfinished:
                     return
-                handed_over = time.monotonic()
-                tail_len = self._take_tail(await handoff.complete(tail_bytes), room, fetcher.usage)
-                usage.transfer_seconds = time.monotonic() - handed_over
+                tail_len = self._take_tail(await handoff.complete(), room, fetcher.usage)
+                usage.transfer_seconds = handoff.transfer_seconds
                 group = SequenceGroup(
                     engine=self._engine,
                     cache=self._cache,
@@ -161,6 +171,7 @@ class DecodeWorker:
         keys: list[bytes],
         namespace: Namespace,
         room: Reservation,
+        missing: set[int],
         stream: PrefillStream,
         remaining_s: float | None,
     ) -> BlockFetcher:
@@ -168,13 +179,11 @@ class DecodeWorker:
             if self._config.prefix_caching:
                 self._pool.publish(room.block_ids[index], keys[index])
 
-        in_ring = {index for index in range(len(keys)) if self._cache.in_ring(index, len(keys))}
-
         return BlockFetcher(
             keys=keys,
             namespace=namespace.digest(),
             block_ids=room.block_ids,
-            missing=set(range(len(keys))) - room.shared | in_ring,
+            missing=missing,
             present=room.shared,
             slot=room.slots[0],
             cache=self._cache,

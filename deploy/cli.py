@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from kvferry.deploy.bench_serve.command import bench_serve_command
 from kvferry.deploy.cli_bench import bench_decode_command, bench_memory_command
 from kvferry.deploy.cli_bench_store import bench_store_command
+from kvferry.deploy.cli_bench_transfer import bench_transfer_command
 from kvferry.deploy.cli_chooser import bench_chooser_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
@@ -48,6 +49,7 @@ bench.command("store")(bench_store_command)
 bench.command("decode")(bench_decode_command)
 bench.command("memory")(bench_memory_command)
 bench.command("chooser")(bench_chooser_command)
+bench.command("transfer")(bench_transfer_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(prefix, name="prefix")

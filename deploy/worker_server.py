@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from kvferry.decode.cache import PackedCache
 from kvferry.decode.config import DecodeConfig
 from kvferry.decode.engine import DecodeEngine
+from kvferry.decode.prefill_stream import RemotePrefillStream
 from kvferry.decode.server import DecodeServicer
 from kvferry.decode.worker import DecodeWorker
 from kvferry.deploy.kv_memory import plan_kv_memory
@@ -160,8 +161,11 @@ class WorkerServer:
         config: PrefillConfig | DecodeConfig,
         store_address: str | None,
         own_prefill: PrefillConfig | None = None,
+        remote_prefill: type[RemotePrefillStream] = RemotePrefillStream,
     ) -> None:
-        """`own_prefill`: a decode worker has the role prefill, too, and hands over in memory."""
+        """`own_prefill`: a decode worker has the role prefill, too, and hands over in memory. `remote_prefill`: how it
+        reaches other prefill workers."""
+        self._remote_prefill = remote_prefill
         self._runtime = runtime
         self._config = config
         self._own_prefill = own_prefill
@@ -287,6 +291,7 @@ class WorkerServer:
             vocab_size=runtime.model.vocab_size,
             config=config,
             local_prefill=local_prefill,
+            remote_prefill=self._remote_prefill,
         )
         worker_pb2_grpc.add_DecodeServicer_to_server(servicer, server)
         self._decode = (engine, servicer)

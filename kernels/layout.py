@@ -128,6 +128,20 @@ class BlockLayout:
         first = num_tokens - self.block_size // 2
         return sum(self.effective_bits(first + i) for i in range(self.block_size)) / self.block_size
 
+    def layer_share_bytes(self, layer: int, block_index: int) -> int:
+        """Bytes of one layer in the payload of a block: all KV heads, in block 0 with their sinks."""
+        sinks = self._head_sink_bytes if block_index == 0 else 0
+        return self.num_kv_heads * (sinks + self.layers[layer].head_bytes)
+
+    def join_layer(self, block: Tensor, sinks: Tensor | None, layer: int) -> Tensor:
+        """One layer of `join_payload`: uint8 [layer_share_bytes], a view where there are no sinks."""
+        _, offset, head_bytes = self.layers[layer]
+        pages = block[offset : offset + self.num_kv_heads * head_bytes]
+        if sinks is None:
+            return pages
+        raw = sinks[layer].contiguous().view(torch.uint8).reshape(self.num_kv_heads, -1)
+        return torch.cat([raw, pages.view(self.num_kv_heads, -1)], dim=-1).reshape(-1)
+
     def join_payload(self, block: Tensor, sinks: Tensor | None) -> Tensor:
         """Payload of a block: uint8 [payload_bytes].
 
@@ -135,44 +149,46 @@ class BlockLayout:
         """
         if sinks is None:
             return block
-        raw = sinks.contiguous().view(torch.uint8).reshape(self.num_layers, self.num_kv_heads, -1)
-        parts = []
-        for layer in range(self.num_layers):
-            pages = self.layer_pages(block, layer).flatten(-2)
-            parts.append(torch.cat([raw[layer], pages], dim=-1).reshape(-1))
-        return torch.cat(parts)
+        return torch.cat([self.join_layer(block, sinks, layer) for layer in range(self.num_layers)])
+
+    def split_layer(self, share: Tensor, layer: int, block_index: int) -> tuple[Tensor, Tensor | None]:
+        """Inverse of `join_layer`: pages uint8 [kv_head * head_bytes] and sinks fp16 [kv_head, K|V, sink_tokens, D], or
+        None. Views or copies of `share`, which has `layer_share_bytes`.
+
+        Raises ValueError when a scale, a zero point or a sink is not finite, or when a boosted channel does not exist:
+        such a block is damaged or forged, whatever its checksum says.
+        """
+        page, _, head_bytes = self.layers[layer]
+        pages, sinks = share, None
+        if block_index == 0:
+            cut = self._head_sink_bytes
+            heads = share.view(self.num_kv_heads, cut + head_bytes)
+            pages = heads[:, cut:].reshape(-1)
+            sinks = heads[:, :cut].contiguous().view(torch.float16).reshape(self.sink_shape[1:])
+        blobs = pages.view(self.num_kv_heads, -1, page.num_bytes)
+        halves = (blobs[..., begin:end].contiguous().view(torch.float16) for begin, end in page.half_parts)
+        if not (
+            page.scales_are_finite(blobs)
+            and all(bool(half.isfinite().all()) for half in halves)
+            and (sinks is None or bool(sinks.isfinite().all()))
+        ):
+            raise ValueError(f"block {block_index} holds a scale, zero point or sink that is not finite")
+        if not page.channels_are_sound(blobs):
+            raise ValueError(f"block {block_index} names boosted channels that do not exist or do not ascend")
+        return pages, sinks
 
     def split_payload(self, payload: Tensor, block_index: int) -> tuple[Tensor, Tensor | None]:
         """Inverse of `join_payload`: (block, sinks or None), views or copies of `payload` (uint8).
 
-        Raises ValueError when the size is not `payload_bytes(block_index)`, when a scale, a zero point or a sink is not
-        finite, or when a boosted channel does not exist: such a block is damaged or forged, whatever its checksum says.
+        Raises ValueError when the size is not `payload_bytes(block_index)`, and as `split_layer`.
         """
         if payload.numel() != self.payload_bytes(block_index):
             raise ValueError(
                 f"block {block_index} has {payload.numel()} bytes, expected {self.payload_bytes(block_index)}"
             )
-        block, sinks = payload, None
-        if block_index == 0:
-            cut = self._head_sink_bytes
-            shares = torch.split(payload, [self.num_kv_heads * (cut + layer.head_bytes) for layer in self.layers])
-            runs = [share.view(self.num_kv_heads, -1) for share in shares]
-            block = torch.cat([run[:, cut:].reshape(-1) for run in runs])
-            raw = torch.stack([run[:, :cut] for run in runs])
-            sinks = raw.flatten().view(torch.float16).reshape(self.sink_shape)
-        if not (self._is_finite(block) and (sinks is None or bool(sinks.isfinite().all()))):
-            raise ValueError(f"block {block_index} holds a scale, zero point or sink that is not finite")
-        if not all(layer.page.channels_are_sound(self.layer_pages(block, i)) for i, layer in enumerate(self.layers)):
-            raise ValueError(f"block {block_index} names boosted channels that do not exist or do not ascend")
-        return block, sinks
-
-    def _is_finite(self, block: Tensor) -> bool:
-        """Whether every number of a block is finite: scales and zero points, or K and V at 16 bits."""
-        for index, layer in enumerate(self.layers):
-            pages = self.layer_pages(block, index)
-            for begin, end in layer.page.half_parts:
-                if not bool(pages[..., begin:end].contiguous().view(torch.float16).isfinite().all()):
-                    return False
-            if not layer.page.scales_are_finite(pages):
-                return False
-        return True
+        shares = torch.split(payload, [self.layer_share_bytes(i, block_index) for i in range(self.num_layers)])
+        layers = [self.split_layer(share, i, block_index) for i, share in enumerate(shares)]
+        if block_index:
+            return payload, None
+        sinks = torch.stack([sinks for _, sinks in layers if sinks is not None])
+        return torch.cat([pages for pages, _ in layers]), sinks

@@ -58,6 +58,28 @@ class Record:
     """Size of the whole record, header included."""
 
 
+class RecordDigest:
+    """The checksum of a record whose payload comes part by part, in order.
+
+    It is the one in the header that `encode_record` makes of the same fields and payload. Raises InvalidRequest for a
+    field out of range.
+    """
+
+    def __init__(self, *, key: bytes, namespace: bytes, block_index: int, num_tokens: int, payload_bytes: int) -> None:
+        fields = (FORMAT_VERSION, key, namespace, block_index, num_tokens, payload_bytes)
+        problem = _header_problem(fields, DEFAULT_MAX_RECORD_BYTES)
+        if problem is not None:
+            raise InvalidRequest(f"no record can be like this: {problem}")
+        self._digest = _digest(fields)
+
+    def update(self, part: Buffer) -> None:
+        self._digest.update(part)
+
+    def digest(self) -> bytes:
+        """The checksum over all parts so far: SHA-256, 32 bytes."""
+        return self._digest.digest()
+
+
 def encode_record(
     *,
     key: bytes,
@@ -227,12 +249,16 @@ def _covered_fields(header: BlockHeader) -> tuple[Any, ...]:
 
 
 def _checksum(header: BlockHeader, payload: Sequence[bytes | memoryview]) -> bytes:
-    # msgpack is self-delimiting and payload_bytes is among the fields, so the hashed bytes can
-    # be split in one way only.
-    digest = hashlib.sha256(_CHECKSUM_CONTEXT + msgpack.packb(_covered_fields(header)))
+    digest = _digest(_covered_fields(header))
     for part in payload:
         digest.update(part)
     return digest.digest()
+
+
+def _digest(covered_fields: tuple[Any, ...]) -> hashlib._Hash:
+    # msgpack is self-delimiting and payload_bytes is among the fields, so the hashed bytes can
+    # be split in one way only.
+    return hashlib.sha256(_CHECKSUM_CONTEXT + msgpack.packb(covered_fields))
 
 
 def _encode_prefix(header: BlockHeader, checksum: bytes) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,18 @@ class ChunkStep:
     every way of dividing a prompt into passes. Rows past `num_tokens` are padding: they give zeros.
     """
 
-    def __init__(self, blocks: PromptBlocks, index: int, num_tokens: int, kernels: PackedKernels) -> None:
-        """A pass over the `num_tokens` tokens from the beginning of block `index` on."""
+    def __init__(
+        self,
+        blocks: PromptBlocks,
+        index: int,
+        num_tokens: int,
+        kernels: PackedKernels,
+        *,
+        on_layer: Callable[[int], None] = lambda layer: None,
+    ) -> None:
+        """A pass over the `num_tokens` tokens from the beginning of block `index` on. `on_layer` is called with each
+        layer once the pass's blocks are packed in it, and must not block."""
+        self._on_layer = on_layer
         self._blocks = blocks
         self._num_tokens = num_tokens
         self._kernels = kernels
@@ -59,6 +71,7 @@ class ChunkStep:
                 softcap=softcap,
             )
             outputs.append(attended.transpose(0, 1))
+        self._on_layer(layer)
         if n < query.shape[0]:
             outputs.append(torch.zeros_like(query[n:]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -208,11 +208,17 @@ class PrefillEngine:
         begin = index * size
         end = min(begin + width * size, len(job.token_ids))
         num_tokens = end - begin
+        past = index + width  # of the incomplete block, too
+
+        def on_layer(layer: int) -> None:
+            if not job.cancelled:
+                job.on_layer(index, past, layer)
+
         padding = [0] * (padded_rows(num_tokens) - num_tokens)
         hidden = self._model.hidden(
             torch.tensor(job.token_ids[begin:end] + padding, device=self.device),
             torch.tensor([*range(begin, end), *padding], device=self.device),
-            ChunkStep(blocks, index, num_tokens, self._kernels),
+            ChunkStep(blocks, index, num_tokens, self._kernels, on_layer=on_layer),
         )
         last = end == len(job.token_ids) and not job.warm
         tokens = self._first_tokens(job, hidden[num_tokens - 1]) if last else []

@@ -14,9 +14,10 @@ from kvferry.prefill.prompt_blocks import PromptBlocks
 class PrefillJob:
     """A prompt to compute from its block `blocks.num_ready` on.
 
-    The callbacks run on the engine's thread and must not block: `on_block(index)` after a block is packed in every
-    layer, then `on_done(first_tokens)`, or `on_error(error)` instead. After `cancel()` none of them is called again
-    once the running pass has ended.
+    The callbacks run on the engine's thread and must not block: `on_layer(first, end, layer)` after the running pass's
+    blocks [first, end) are packed in a layer (the incomplete block counts as one), `on_block(index)` after a block is
+    packed in every layer, then `on_done(first_tokens)`, or `on_error(error)` instead. After `cancel()` none of them is
+    called again once the running pass has ended.
     """
 
     token_ids: list[int]
@@ -26,6 +27,8 @@ class PrefillJob:
     on_done: Callable[[list[SampledToken]], None]
     """Gets the first token of each answer; none of a `warm` job."""
     on_error: Callable[[Exception], None]
+    on_layer: Callable[[int, int, int], None] = lambda first, end, layer: None
+    """Not called for blocks that another job computed."""
     tenant: str = ""
     priority: int = 0
     """Lower goes first."""

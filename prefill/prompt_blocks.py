@@ -50,6 +50,14 @@ class PromptBlocks:
         joined = self.layout.join_payload(self.pool[index], sinks)
         return joined.cpu().numpy().data
 
+    def layer_share(self, index: int, layer: int) -> memoryview:
+        """One layer of `payload(index)`, or with `index` = num_blocks of the tail, in host memory."""
+        if index == self.num_blocks:
+            share = self.tail[layer].view(torch.uint8).flatten()
+        else:
+            share = self.layout.join_layer(self.pool[index], self.sinks if index == 0 else None, layer)
+        return share.cpu().numpy().data
+
     def tail_bytes(self) -> bytes:
         """fp16 [layer][K|V][kv_head][token][head_dim] of the incomplete block; empty if there is none."""
         return self.tail.cpu().numpy().tobytes()

@@ -19,6 +19,7 @@ from kvferry.prefill.config import FetchMode, PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
 from kvferry.prefill.errors import DeadlinePassed, QueueFull
 from kvferry.prefill.fetch_policy import AlwaysFetch, FetchPolicy, NeverFetch
+from kvferry.prefill.pieces import Piece, PieceQueue, Seal
 from kvferry.prefill.session import BlockReady, Event, HandoffReady, PrefillSession, PrefillUsage
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.trailing_metadata import RETRY_AFTER_KEY
@@ -154,24 +155,28 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             priority=start.priority,
             warm=start.warm,
             num_answers=start.sampling.n or 1,
+            pieces_of=start.pieces.blocks if start.HasField("pieces") else None,
         )
         write_lock = asyncio.Lock()
         compute = asyncio.create_task(session.run())
         self._admit(compute, _held(start))
         events = asyncio.create_task(_send_events(session, context, write_lock))
         commands = asyncio.create_task(_answer_commands(session, context, write_lock))
+        sending = [events, commands]
+        if session.pieces is not None:
+            sending.append(asyncio.create_task(_send_pieces(session.pieces, context, write_lock)))
         try:
-            await _first_failure(compute, events, commands)
-            # Everything is announced; the caller may still ask for blocks until it half-closes.
+            await _until_done(events, compute, *sending)
+            # Everything is announced; the caller may still take blocks until it half-closes.
             async with asyncio.timeout(self._config.handoff_timeout_s):
-                await commands
+                await _until_done(commands, *sending)
         finally:
             # A write that is cancelled half-way goes on inside gRPC, and the call's status could not be sent beside it:
             # the caller would wait for ever. Nothing is written any more once the lock is ours.
             with suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WRITE_S):
                     await write_lock.acquire()
-            stopping = [events, commands] if session.handed_over else [events, commands, compute]
+            stopping = sending if session.handed_over else [*sending, compute]
             for task in stopping:
                 task.cancel()
             await asyncio.gather(*stopping, return_exceptions=True)
@@ -198,10 +203,10 @@ async def _read(context: Context) -> worker_pb2.PrefillCommand | None:
     return command if isinstance(command, worker_pb2.PrefillCommand) else None
 
 
-async def _first_failure(compute: asyncio.Task[None], events: asyncio.Task[None], commands: asyncio.Task[None]) -> None:
-    """Waits until all events are sent; raises the first exception of any of the tasks."""
-    waiting = {compute, events, commands}
-    while not events.done() and waiting:
+async def _until_done(wanted: asyncio.Task[None], *others: asyncio.Task[None]) -> None:
+    """Waits until `wanted` is done; raises the first exception of any of the tasks."""
+    waiting = {wanted, *others}
+    while not wanted.done():
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
@@ -215,6 +220,15 @@ async def _send_events(session: PrefillSession, context: Context, lock: asyncio.
                 await context.write(message)
         if isinstance(event, PrefillUsage):
             return
+
+
+async def _send_pieces(pieces: PieceQueue, context: Context, lock: asyncio.Lock) -> None:
+    """Sends what is packed, until it is cancelled: the caller half-closes when it has everything. The lock is fair, so
+    an event waits for one message of pieces at most."""
+    while True:
+        for message in pieces_to_pb(await pieces.next()):
+            async with lock:
+                await context.write(message)
 
 
 async def _answer_commands(session: PrefillSession, context: Context, lock: asyncio.Lock) -> None:
@@ -238,12 +252,12 @@ def event_to_pb(event: Event) -> Iterator[worker_pb2.PrefillEvent]:
         case BlockReady(index, in_store):
             ready = worker_pb2.BlockReady(index=index, in_store=in_store)
             yield worker_pb2.PrefillEvent(block_ready=ready)
-        case HandoffReady(tokens, tail, usage):
+        case HandoffReady(tokens, tail_bytes, tail, usage):
             first, *others = (token_to_pb(token, choice) for choice, token in enumerate(tokens))
             handoff = worker_pb2.Handoff(
                 first_token=first,
                 other_first_tokens=others,
-                tail_bytes=len(tail),
+                tail_bytes=tail_bytes,
                 usage=worker_pb2.PrefillUsage(**vars(usage)),
             )
             yield worker_pb2.PrefillEvent(handoff=handoff)
@@ -251,6 +265,20 @@ def event_to_pb(event: Event) -> Iterator[worker_pb2.PrefillEvent]:
                 yield worker_pb2.PrefillEvent(tail_chunk=tail[offset : offset + FRAME_BYTES])
         case _:
             yield worker_pb2.PrefillEvent(finished=worker_pb2.PrefillUsage(**vars(event)))
+
+
+def pieces_to_pb(parts: list[Piece | Seal]) -> Iterator[worker_pb2.PrefillEvent]:
+    """The messages that carry `parts`: the pieces together, then the seals."""
+    pieces = [
+        worker_pb2.BlockPiece(index=part.index, offset=part.offset, crc32=part.crc32, data=part.data)
+        for part in parts
+        if isinstance(part, Piece)
+    ]
+    if pieces:
+        yield worker_pb2.PrefillEvent(pieces=worker_pb2.BlockPieces(pieces=pieces))
+    for part in parts:
+        if isinstance(part, Seal):
+            yield worker_pb2.PrefillEvent(seal=worker_pb2.BlockSeal(index=part.index, checksum=part.checksum))
 
 
 def token_to_pb(token: SampledToken, choice: int) -> worker_pb2.TokenChunk:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 from kvferry.kernels.sampling import SampledToken, SamplingParams
 from kvferry.kvstore.client import StoreClient
-from kvferry.kvstore.codec import encode_record
+from kvferry.kvstore.codec import RecordDigest, encode_record
 from kvferry.kvstore.errors import KVStoreError
 from kvferry.kvstore.key import Namespace, block_keys
 from kvferry.prefill.cached_prefix import CachedPrefix
@@ -20,6 +20,7 @@ from kvferry.prefill.engine import PrefillEngine
 from kvferry.prefill.errors import DeadlinePassed
 from kvferry.prefill.fetch_policy import FetchPolicy
 from kvferry.prefill.job import PrefillJob
+from kvferry.prefill.pieces import PieceQueue
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +59,21 @@ class HandoffReady:
 
     first_tokens: list[SampledToken]
     """Of each answer."""
+    tail_bytes: int
     tail: bytes
+    """Empty when it goes in pieces."""
     usage: PrefillUsage
 
 
 Event = BlockReady | HandoffReady | PrefillUsage
-"""One BlockReady for each complete block, before or after the one HandoffReady, which a request that only warms the
-store does not have; one PrefillUsage as the last."""
+"""One BlockReady for each complete block that does not go in pieces, before or after the one HandoffReady, which a
+request that only warms the store does not have; one PrefillUsage as the last."""
 
 LATE_PASS_S = 1.0
 """How long after the deadline the engine may say that it has passed."""
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class PrefillSession:
@@ -92,8 +96,10 @@ class PrefillSession:
         priority: int = 0,
         warm: bool = False,
         num_answers: int = 1,
+        pieces_of: Collection[int] | None = None,
     ) -> None:
-        """`remaining_s`: until the request's deadline; None: the config's. `warm`: publish complete blocks, no more."""
+        """`remaining_s`: until the request's deadline; None: the config's. `warm`: publish complete blocks, no more.
+        `pieces_of`: blocks that go in `pieces` as they are computed, and then the tail does, too; None: neither."""
         if warm:
             token_ids = token_ids[: len(token_ids) // namespace.block_size * namespace.block_size]
         self._token_ids = token_ids
@@ -115,6 +121,8 @@ class PrefillSession:
         self._usage = PrefillUsage()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._unannounced: set[int] = set()
+        self.pieces = None if pieces_of is None or warm else PieceQueue(self._blocks, pieces_of, self._digest_of)
+        """What goes to the caller while it is computed."""
         self.handed_over = False
         """Everything is computed; only publishing may be left."""
 
@@ -131,6 +139,15 @@ class PrefillSession:
             block_index=index,
             num_tokens=self._engine.layout.block_size,
             payload=[self._blocks.payload(index)],
+        )
+
+    def _digest_of(self, index: int) -> RecordDigest:
+        return RecordDigest(
+            key=self._keys[index],
+            namespace=self._namespace,
+            block_index=index,
+            num_tokens=self._engine.layout.block_size,
+            payload_bytes=self._engine.layout.payload_bytes(index),
         )
 
     async def run(self) -> None:
@@ -177,7 +194,10 @@ class PrefillSession:
         finished_blocks: asyncio.Queue[int | None] = asyncio.Queue()
 
         def finish_block(index: int) -> None:
-            self._unannounced.add(index)
+            if self.pieces is not None and self.pieces.covers(index):
+                self.pieces.block_packed(index)
+            else:
+                self._unannounced.add(index)
             finished_blocks.put_nowait(index)
 
         def finish(tokens: list[SampledToken]) -> None:
@@ -201,6 +221,8 @@ class PrefillSession:
             deadline=self._deadline,
             keys=self._keys,
         )
+        if self.pieces is not None:
+            job.on_layer = _on_loop(loop, done, self.pieces.layer_packed)
         self._engine.submit(job)
         publisher = asyncio.create_task(self._publish(finished_blocks))
         try:
@@ -209,7 +231,9 @@ class PrefillSession:
             self._usage.compute_seconds = job.compute_seconds
             self.handed_over = True
             if not self._warm:
-                self._events.put_nowait(HandoffReady(tokens, self._blocks.tail_bytes(), replace(self._usage)))
+                tail_bytes = self._blocks.tail.nbytes
+                tail = self._blocks.tail_bytes() if self.pieces is None else b""
+                self._events.put_nowait(HandoffReady(tokens, tail_bytes, tail, replace(self._usage)))
             await self._finish_publishing(publisher)
         finally:
             job.cancel()
@@ -263,17 +287,17 @@ class PrefillSession:
 
 
 def _on_loop(
-    loop: asyncio.AbstractEventLoop, done: asyncio.Future[Any], fn: Callable[[T], None]
-) -> Callable[[T], None]:
+    loop: asyncio.AbstractEventLoop, done: asyncio.Future[Any], fn: Callable[[*Ts], None]
+) -> Callable[[*Ts], None]:
     """`fn` as a callback for the engine's thread; nothing happens once `done` is settled or the loop is closed."""
 
-    def on_loop(argument: T) -> None:
+    def on_loop(*arguments: *Ts) -> None:
         if not done.done():
-            fn(argument)
+            fn(*arguments)
 
-    def call(argument: T) -> None:
+    def call(*arguments: *Ts) -> None:
         try:
-            loop.call_soon_threadsafe(on_loop, argument)
+            loop.call_soon_threadsafe(on_loop, *arguments)
         except RuntimeError:
             logger.debug("the event loop is closed; a late prefill event is dropped")
 

@@ -4,7 +4,8 @@ isort:skip_file
 The contract between gateway, decode workers and prefill workers.
 
 gateway --Decode.Generate--> decode worker --Prefill.Prefill--> prefill worker
-Blocks go through the KV store; a block that the store could not take or no longer has is sent in the Prefill stream.
+Blocks that the store has are read from there. Blocks that are being computed go to decode in the Prefill stream, layer
+by layer, and to the store as whole records; so does a block that the store could not take or no longer has.
 """
 
 from collections import abc as _abc
@@ -394,6 +395,7 @@ class PrefillStart(_message.Message):
     IDENTITY_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     WARM_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     tenant: _builtins.str
     """cache namespace"""
@@ -409,6 +411,10 @@ class PrefillStart(_message.Message):
     def identity(self) -> Global___ModelIdentity:
         """the caller's; another identity is refused with FAILED_PRECONDITION"""
 
+    @_builtins.property
+    def pieces(self) -> Global___PieceRequest:
+        """unset: no pieces; the tail then comes in `tail_chunk`"""
+
     def __init__(
         self,
         *,
@@ -419,14 +425,39 @@ class PrefillStart(_message.Message):
         identity: Global___ModelIdentity | None = ...,
         priority: _builtins.int = ...,
         warm: _builtins.bool = ...,
+        pieces: Global___PieceRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "pieces", b"pieces", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids", "warm", b"warm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "pieces", b"pieces", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillStart: _TypeAlias = PrefillStart  # noqa: Y015
+
+@_typing.final
+class PieceRequest(_message.Message):
+    """Asks for pieces of blocks that are not in the store, and of the tail."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """that the caller lacks"""
+
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PieceRequest: _TypeAlias = PieceRequest  # noqa: Y015
 
 @_typing.final
 class SendBlocks(_message.Message):
@@ -457,8 +488,10 @@ class PrefillEvent(_message.Message):
     HANDOFF_FIELD_NUMBER: _builtins.int
     TAIL_CHUNK_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    SEAL_FIELD_NUMBER: _builtins.int
     tail_chunk: _builtins.bytes
-    """after `handoff`: at most 1 MiB of the tail"""
+    """after `handoff`, without `start.pieces`: at most 1 MiB of the tail"""
     @_builtins.property
     def block_ready(self) -> Global___BlockReady: ...
     @_builtins.property
@@ -467,6 +500,10 @@ class PrefillEvent(_message.Message):
     def handoff(self) -> Global___Handoff: ...
     @_builtins.property
     def finished(self) -> Global___PrefillUsage: ...
+    @_builtins.property
+    def pieces(self) -> Global___BlockPieces: ...
+    @_builtins.property
+    def seal(self) -> Global___BlockSeal: ...
     def __init__(
         self,
         *,
@@ -475,16 +512,99 @@ class PrefillEvent(_message.Message):
         handoff: Global___Handoff | None = ...,
         tail_chunk: _builtins.bytes = ...,
         finished: Global___PrefillUsage | None = ...,
+        pieces: Global___BlockPieces | None = ...,
+        seal: Global___BlockSeal | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "block_ready", b"block_ready", "event", b"event", "finished", b"finished", "handoff", b"handoff", "tail_chunk", b"tail_chunk"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "block_ready", b"block_ready", "event", b"event", "finished", b"finished", "handoff", b"handoff", "pieces", b"pieces", "seal", b"seal", "tail_chunk", b"tail_chunk"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "block_ready", b"block_ready", "event", b"event", "finished", b"finished", "handoff", b"handoff", "tail_chunk", b"tail_chunk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "block_ready", b"block_ready", "event", b"event", "finished", b"finished", "handoff", b"handoff", "pieces", b"pieces", "seal", b"seal", "tail_chunk", b"tail_chunk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["block_ready", "block", "handoff", "tail_chunk", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["block_ready", "block", "handoff", "tail_chunk", "finished", "pieces", "seal"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___PrefillEvent: _TypeAlias = PrefillEvent  # noqa: Y015
+
+@_typing.final
+class BlockPieces(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIECES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockPiece]: ...
+    def __init__(
+        self,
+        *,
+        pieces: _abc.Iterable[Global___BlockPiece] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pieces", b"pieces"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockPieces: _TypeAlias = BlockPieces  # noqa: Y015
+
+@_typing.final
+class BlockPiece(_message.Message):
+    """A byte range of a block's payload, within one layer: [layer][kv_head][sinks, in block 0 | pages]. A block's pieces come
+    in order and without a gap; those of several blocks of one pass take turns, layer by layer.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """of the block; one past the last complete block: the tail"""
+    offset: _builtins.int
+    """in the payload, or in the tail"""
+    crc32: _builtins.int
+    """of `data`"""
+    data: _builtins.bytes
+    """at most 256 KiB"""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        crc32: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "data", b"data", "index", b"index", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockPiece: _TypeAlias = BlockPiece  # noqa: Y015
+
+@_typing.final
+class BlockSeal(_message.Message):
+    """All pieces of a block are sent. A receiver whose bytes have another checksum asks for the block with `send_blocks`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    checksum: _builtins.bytes
+    """the one in the record's header; of the tail: SHA-256 of its bytes"""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        checksum: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "index", b"index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockSeal: _TypeAlias = BlockSeal  # noqa: Y015
 
 @_typing.final
 class BlockReady(_message.Message):
@@ -751,12 +871,12 @@ class DecodeUsage(_message.Message):
     """records that decode fetched from the store"""
     store_tokens_read: _builtins.int
     handoff_bytes: _builtins.int
-    """tail, and records that came straight from prefill"""
+    """tail, and blocks that came straight from prefill: payloads of pieces, or records"""
     handoff_tokens: _builtins.int
     num_local_tokens: _builtins.int
     """prompt tokens whose blocks were in this worker's pool already"""
     transfer_seconds: _builtins.float
-    """from prefill's handoff to the first decode step"""
+    """decode's wait: from the handoff message until it has all blocks and the tail"""
     decode_seconds: _builtins.float
     @_builtins.property
     def prefill(self) -> Global___PrefillUsage: ...

@@ -166,8 +166,9 @@ class PrefillServicer:
     def Prefill(self, request_iterator, context):
         """One request's prompt. The caller sends `start`, then any number of `send_blocks`, then half-closes when it holds
         everything. The worker sends a `block_ready` for each complete block, `handoff` as soon as the first token is
-        sampled, and `finished` when publishing is over; `block` answers `send_blocks`. The worker keeps the request's
-        blocks until the stream ends. A caller that leaves before `handoff` stops the computation; one that leaves after
+        sampled, and `finished` when publishing is over; `block` answers `send_blocks`. A computed block that `start.pieces`
+        names has no `block_ready`: its `pieces` come while it is computed, and its `seal` after the last one, before or after
+        `handoff`. The worker keeps the request's blocks until the stream ends. A caller that leaves before `handoff` stops the computation; one that leaves after
         it does not stop the publishing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -4,7 +4,8 @@ isort:skip_file
 The contract between gateway, decode workers and prefill workers.
 
 gateway --Decode.Generate--> decode worker --Prefill.Prefill--> prefill worker
-Blocks go through the KV store; a block that the store could not take or no longer has is sent in the Prefill stream.
+Blocks that the store has are read from there. Blocks that are being computed go to decode in the Prefill stream, layer
+by layer, and to the store as whole records; so does a block that the store could not take or no longer has.
 """
 
 from collections import abc as _abc
@@ -78,8 +79,9 @@ class PrefillStub:
     Prefill: _grpc.StreamStreamMultiCallable[_worker_pb2.PrefillCommand, _worker_pb2.PrefillEvent]
     """One request's prompt. The caller sends `start`, then any number of `send_blocks`, then half-closes when it holds
     everything. The worker sends a `block_ready` for each complete block, `handoff` as soon as the first token is
-    sampled, and `finished` when publishing is over; `block` answers `send_blocks`. The worker keeps the request's
-    blocks until the stream ends. A caller that leaves before `handoff` stops the computation; one that leaves after
+    sampled, and `finished` when publishing is over; `block` answers `send_blocks`. A computed block that `start.pieces`
+    names has no `block_ready`: its `pieces` come while it is computed, and its `seal` after the last one, before or after
+    `handoff`. The worker keeps the request's blocks until the stream ends. A caller that leaves before `handoff` stops the computation; one that leaves after
     it does not stop the publishing.
     """
 
@@ -89,8 +91,9 @@ class PrefillAsyncStub(PrefillStub):
     Prefill: _aio.StreamStreamMultiCallable[_worker_pb2.PrefillCommand, _worker_pb2.PrefillEvent]  # type: ignore[assignment]
     """One request's prompt. The caller sends `start`, then any number of `send_blocks`, then half-closes when it holds
     everything. The worker sends a `block_ready` for each complete block, `handoff` as soon as the first token is
-    sampled, and `finished` when publishing is over; `block` answers `send_blocks`. The worker keeps the request's
-    blocks until the stream ends. A caller that leaves before `handoff` stops the computation; one that leaves after
+    sampled, and `finished` when publishing is over; `block` answers `send_blocks`. A computed block that `start.pieces`
+    names has no `block_ready`: its `pieces` come while it is computed, and its `seal` after the last one, before or after
+    `handoff`. The worker keeps the request's blocks until the stream ends. A caller that leaves before `handoff` stops the computation; one that leaves after
     it does not stop the publishing.
     """
 
@@ -103,8 +106,9 @@ class PrefillServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.PrefillEvent], _abc.AsyncIterator[_worker_pb2.PrefillEvent]]:
         """One request's prompt. The caller sends `start`, then any number of `send_blocks`, then half-closes when it holds
         everything. The worker sends a `block_ready` for each complete block, `handoff` as soon as the first token is
-        sampled, and `finished` when publishing is over; `block` answers `send_blocks`. The worker keeps the request's
-        blocks until the stream ends. A caller that leaves before `handoff` stops the computation; one that leaves after
+        sampled, and `finished` when publishing is over; `block` answers `send_blocks`. A computed block that `start.pieces`
+        names has no `block_ready`: its `pieces` come while it is computed, and its `seal` after the last one, before or after
+        `handoff`. The worker keeps the request's blocks until the stream ends. A caller that leaves before `handoff` stops the computation; one that leaves after
         it does not stop the publishing.
         """
 
