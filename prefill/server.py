@@ -180,6 +180,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             for task in stopping:
                 task.cancel()
             await asyncio.gather(*stopping, return_exceptions=True)
+            session.close()
 
     def _admit(self, compute: asyncio.Task[None], held: Held) -> None:
         """Counts a request until its computing and publishing are over: that may be after the call."""

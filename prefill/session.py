@@ -126,6 +126,12 @@ class PrefillSession:
         self.handed_over = False
         """Everything is computed; only publishing may be left."""
 
+    def close(self) -> None:
+        """The caller takes nothing more; publishing may go on."""
+        if self.pieces is not None:
+            self.pieces.close()
+            self.pieces = None  # it knows this session, too
+
     async def next_event(self) -> Event:
         return await self._events.get()
 
