@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from kvferry.kernels.sampling import SampledToken, SamplingParams
-from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.codec import encode_record
 from kvferry.kvstore.errors import KVStoreError
 from kvferry.kvstore.key import Namespace, block_keys
+from kvferry.kvstore.store import ChainStore, Store
 from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
 from kvferry.prefill.errors import DeadlinePassed
@@ -83,7 +83,7 @@ class PrefillSession:
         sampling: SamplingParams,
         namespace: Namespace,
         engine: PrefillEngine,
-        store: StoreClient | None,
+        store: Store | None,
         config: PrefillConfig,
         remaining_s: float | None,
         priority: int = 0,
@@ -104,7 +104,7 @@ class PrefillSession:
         self._namespace = namespace.digest()
         self._keys = block_keys(namespace, token_ids)
         self._engine = engine
-        self._store = store
+        self._store = None if store is None else store.of_chain(self._keys)
         self._config = config
         self._fetch_budget_s = min(config.fetch_timeout_s, self._remaining_s / 4)
         self._blocks = engine.new_blocks(len(token_ids))
@@ -165,7 +165,7 @@ class PrefillSession:
         self._usage.fetch_seconds = time.monotonic() - started
         self._usage.num_cached_tokens = self._blocks.num_ready * self._engine.layout.block_size
 
-    async def _load(self, store: StoreClient, keys: list[bytes], lease_id: int) -> None:
+    async def _load(self, store: ChainStore, keys: list[bytes], lease_id: int) -> None:
         records = store.get(keys, lease_id=lease_id, namespace=self._namespace, timeout_s=self._fetch_budget_s)
         block_size = self._engine.layout.block_size
         async with aclosing(records):
@@ -271,7 +271,7 @@ class PrefillSession:
         return True
 
 
-async def _release(store: StoreClient, lease_id: int) -> None:
+async def _release(store: ChainStore, lease_id: int) -> None:
     with suppress(KVStoreError):  # then the lease ends by itself
         await store.release(lease_id)
 

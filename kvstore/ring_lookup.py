@@ -1,0 +1,131 @@
+"""How much of a chain is in a ring: every node is asked at once, for all the runs that it may hold."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvferry.kvstore.client import LookupResult
+from kvferry.kvstore.errors import KVStoreError, StoreUnavailable
+from kvferry.kvstore.ring_lease import RingLease
+from kvferry.kvstore.ring_member import RingCounters, RingMember, nobody_answered
+
+
+@dataclass
+class RunKeys:
+    """Consecutive blocks of a chain that live together, and the nodes that may hold them."""
+
+    keys: list[bytes]
+    members: Sequence[RingMember]
+    num_found: int = 0
+    unknown: set[RingMember] = field(default_factory=set)
+    """Members whose answer would tell something."""
+
+    def __post_init__(self) -> None:
+        self.unknown = {member for member in self.members if not member.is_silent} or set(self.members)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_found == len(self.keys)
+
+
+class _Asked(NamedTuple):
+    member: RingMember
+    runs: list[RunKeys]
+
+
+class RingLookup:
+    """One look-up. A node that does not answer costs `timeout_s` at most, nothing where its replicas have all."""
+
+    def __init__(self, runs: list[RunKeys], lease: RingLease, counters: RingCounters, *, lease_s: float) -> None:
+        self._runs = runs
+        self._lease = lease
+        self._lease_s = lease_s
+        self._granted_s = lease_s
+        self._counters = counters
+        self._pending: dict[asyncio.Task[LookupResult], _Asked] = {}
+        self._num_answers = 0
+
+    async def run(self, timeout_s: float) -> LookupResult:
+        """Its lease_id is 0: the leases are in the lease. Raises StoreUnavailable when no node answered."""
+        end = time.monotonic() + timeout_s
+        try:
+            self._ask({member for run in self._runs for member in run.unknown}, timeout_s)
+            while (frontier := self._frontier()) is not None and frontier.unknown:
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                asked = {asked.member for asked in self._pending.values()}
+                self._ask(frontier.unknown - asked, left)
+                done, _ = await asyncio.wait(self._pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    self._take(task, self._pending.pop(task))
+        except BaseException:
+            for task in self._pending:
+                task.cancel()
+            raise
+        for task, asked_now in self._pending.items():
+            self._counters.left_behind += 1
+            asked_now.member.leave_behind(task)
+            task.add_done_callback(lambda task, member=asked_now.member: self._take_late(task, member))  # type: ignore[misc]
+        if not self._num_answers:
+            raise nobody_answered(len({member for run in self._runs for member in run.members}))
+        return LookupResult(self._num_contiguous(), 0, self._granted_s)
+
+    def _frontier(self) -> RunKeys | None:
+        return next((run for run in self._runs if not run.is_complete), None)
+
+    def _num_contiguous(self) -> int:
+        total = 0
+        for run in self._runs:
+            total += run.num_found
+            if not run.is_complete:
+                break
+        return total
+
+    def _ask(self, members: set[RingMember], timeout_s: float) -> None:
+        """One call to each, for the runs from the first incomplete one on that it may know something of."""
+        frontier = self._frontier()
+        start = len(self._runs) if frontier is None else self._runs.index(frontier)
+        for member in members:
+            runs = [run for run in self._runs[start:] if member in run.unknown]
+            if runs:
+                task = asyncio.create_task(self._call(member, runs, timeout_s), name="kvstore-ring-lookup")
+                self._pending[task] = _Asked(member, runs)
+
+    async def _call(self, member: RingMember, runs: list[RunKeys], timeout_s: float) -> LookupResult:
+        with member.running() as client:
+            keys = [key for run in runs for key in run.keys]
+            return await client.lookup(keys, lease_s=self._lease_s, timeout_s=timeout_s)
+
+    def _take(self, task: asyncio.Task[LookupResult], asked: _Asked) -> None:
+        try:
+            found = task.result()
+        except StoreUnavailable:
+            self._counters.unanswered += 1
+            for run in self._runs:
+                run.unknown.discard(asked.member)
+            return
+        self._num_answers += 1
+        self._lease.add(asked.member, found.lease_id)
+        if found.lease_id:
+            self._granted_s = min(self._granted_s, found.lease_s)
+        left = found.num_contiguous
+        for run in asked.runs:
+            here = min(left, len(run.keys))
+            run.num_found = max(run.num_found, here)
+            run.unknown.discard(asked.member)
+            left -= here
+            if here < len(run.keys):
+                break  # the node stopped counting here: of what follows it said nothing
+
+    def _take_late(self, task: asyncio.Task[LookupResult], member: RingMember) -> None:
+        if task.cancelled():
+            return
+        if isinstance(task.exception(), KVStoreError):
+            self._counters.unanswered += 1
+        elif task.exception() is None:
+            self._lease.add(member, task.result().lease_id)
