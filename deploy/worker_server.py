@@ -164,7 +164,8 @@ class WorkerServer:
         store_address: str | RingConfig | None,
         own_prefill: PrefillConfig | None = None,
     ) -> None:
-        """`store_address`: host:port of the one store node, or several nodes. `own_prefill`: a decode worker has the role prefill, too, and hands over in memory."""
+        """`store_address`: host:port of the one store node, or several nodes. `own_prefill`: a decode worker has the
+        role prefill, too, and hands over in memory."""
         self._runtime = runtime
         self._config = config
         self._own_prefill = own_prefill

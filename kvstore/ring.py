@@ -182,7 +182,7 @@ class RingChain:
     async def lookup(
         self, keys: Sequence[bytes], *, lease_s: float = 0.0, timeout_s: float | None = None
     ) -> LookupResult:
-        """See `ChainStore`. A block counts when one of its nodes has the run up to it."""
+        """See `ChainStore`. A block counts when one of its nodes has it."""
         ring = self._ring
         runs: list[RunKeys] = []
         last = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, aclosing
 
 from kvferry.kvstore.codec import Record
 from kvferry.kvstore.errors import BlockCorrupt, BlockNotFound, KVStoreError, StoreUnavailable
@@ -23,8 +24,6 @@ class _Stream:
         self.start = start
         self.end = end
         self._records = records
-        self._running = member.running()
-        self._running.__enter__()
         self._first: asyncio.Task[Record] | None = None
 
     def begin(self) -> None:
@@ -37,13 +36,10 @@ class _Stream:
         return await (anext(self._records) if first is None else first)
 
     async def close(self) -> None:
-        try:
-            if self._first is not None:
-                self._first.cancel()
-                await asyncio.gather(self._first, return_exceptions=True)
-            await self._records.aclose()
-        finally:
-            self._running.__exit__(None, None, None)
+        if self._first is not None:
+            self._first.cancel()
+            await asyncio.gather(self._first, return_exceptions=True)
+        await self._records.aclose()
 
 
 class RingReader:
@@ -75,6 +71,14 @@ class RingReader:
     async def records(self) -> AsyncGenerator[Record]:
         """Raises, at the first key that no member gave: BlockNotFound if one says so, else BlockCorrupt, else
         StoreUnavailable."""
+        with ExitStack() as stack:
+            for member in {member for members in self._members for member in members}:
+                stack.enter_context(member.running())
+            async with aclosing(self._records()) as records:
+                async for record in records:
+                    yield record
+
+    async def _records(self) -> AsyncGenerator[Record]:
         position, num_keys = 0, len(self._keys)
         stream: _Stream | None = None
         successor: _Stream | None = None

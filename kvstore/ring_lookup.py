@@ -21,11 +21,19 @@ class RunKeys:
     keys: list[bytes]
     members: Sequence[RingMember]
     num_found: int = 0
-    unknown: set[RingMember] = field(default_factory=set)
-    """Members whose answer would tell something."""
+    """Of the first ones, each on some member."""
+    lacking: dict[RingMember, int] = field(default_factory=dict)
+    """By member, the last position at which it is known to have nothing."""
+    usable: set[RingMember] = field(default_factory=set)
+    """Members that may still answer."""
 
     def __post_init__(self) -> None:
-        self.unknown = {member for member in self.members if not member.is_silent} or set(self.members)
+        self.usable = {member for member in self.members if not member.is_silent} or set(self.members)
+
+    @property
+    def unknown(self) -> set[RingMember]:
+        """Members that may have the first block that is not found yet."""
+        return {member for member in self.usable if self.lacking.get(member) != self.num_found}
 
     @property
     def is_complete(self) -> bool:
@@ -34,7 +42,8 @@ class RunKeys:
 
 class _Asked(NamedTuple):
     member: RingMember
-    runs: list[RunKeys]
+    runs: list[tuple[RunKeys, int]]
+    """With the position in each run from which on the member was asked."""
 
 
 class RingLookup:
@@ -91,14 +100,14 @@ class RingLookup:
         frontier = self._frontier()
         start = len(self._runs) if frontier is None else self._runs.index(frontier)
         for member in members:
-            runs = [run for run in self._runs[start:] if member in run.unknown]
+            runs = [run for run in self._runs[start:] if not run.is_complete and member in run.unknown]
             if runs:
-                task = asyncio.create_task(self._call(member, runs, timeout_s), name="kvstore-ring-lookup")
-                self._pending[task] = _Asked(member, runs)
+                keys = [key for run in runs for key in run.keys[run.num_found :]]
+                task = asyncio.create_task(self._call(member, keys, timeout_s), name="kvstore-ring-lookup")
+                self._pending[task] = _Asked(member, [(run, run.num_found) for run in runs])
 
-    async def _call(self, member: RingMember, runs: list[RunKeys], timeout_s: float) -> LookupResult:
+    async def _call(self, member: RingMember, keys: list[bytes], timeout_s: float) -> LookupResult:
         with member.running() as client:
-            keys = [key for run in runs for key in run.keys]
             return await client.lookup(keys, lease_s=self._lease_s, timeout_s=timeout_s)
 
     def _take(self, task: asyncio.Task[LookupResult], asked: _Asked) -> None:
@@ -107,19 +116,19 @@ class RingLookup:
         except StoreUnavailable:
             self._counters.unanswered += 1
             for run in self._runs:
-                run.unknown.discard(asked.member)
+                run.usable.discard(asked.member)
             return
         self._num_answers += 1
         self._lease.add(asked.member, found.lease_id)
         if found.lease_id:
             self._granted_s = min(self._granted_s, found.lease_s)
         left = found.num_contiguous
-        for run in asked.runs:
-            here = min(left, len(run.keys))
-            run.num_found = max(run.num_found, here)
-            run.unknown.discard(asked.member)
-            left -= here
-            if here < len(run.keys):
+        for run, start in asked.runs:
+            end = start + min(left, len(run.keys) - start)
+            run.num_found = max(run.num_found, end)
+            left -= end - start
+            if end < len(run.keys):
+                run.lacking[asked.member] = end
                 break  # the node stopped counting here: of what follows it said nothing
 
     def _take_late(self, task: asyncio.Task[LookupResult], member: RingMember) -> None:
