@@ -13,6 +13,9 @@ from kvferry.kvstore.errors import KVStoreError, StoreUnavailable
 from kvferry.kvstore.ring_lease import RingLease
 from kvferry.kvstore.ring_member import RingCounters, RingMember, nobody_answered
 
+_SLACK_S = 0.05
+"""So much later than the calls' own timeouts the look-up gives up: they tell the breakers first."""
+
 
 @dataclass
 class RunKeys:
@@ -69,7 +72,9 @@ class RingLookup:
                     break
                 asked = {asked.member for asked in self._pending.values()}
                 self._ask(frontier.unknown - asked, left)
-                done, _ = await asyncio.wait(self._pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(
+                    self._pending, timeout=left + _SLACK_S, return_when=asyncio.FIRST_COMPLETED
+                )
                 for task in done:
                     self._take(task, self._pending.pop(task))
         except BaseException:
