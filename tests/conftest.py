@@ -21,6 +21,7 @@ from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.memory_backend import MemoryBackend
+from kvferry.kvstore.ring_config import RingConfig
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.prefill.config import PrefillConfig
 from kvferry.proto import worker_pb2, worker_pb2_grpc
@@ -176,7 +177,7 @@ class Workers:
 
 @asynccontextmanager
 async def _serve_workers(
-    runtime: ModelRuntime, store_address: str | None, decode_config: DecodeConfig | None = None
+    runtime: ModelRuntime, store_address: str | RingConfig | None, decode_config: DecodeConfig | None = None
 ) -> AsyncIterator[Workers]:
     prefill = WorkerServer(runtime, config=PrefillConfig(), store_address=store_address)
     decode = WorkerServer(
@@ -197,7 +198,9 @@ async def serve_workers() -> AsyncIterator[Callable[..., Any]]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            runtime: ModelRuntime, store_address: str | None = None, decode_config: DecodeConfig | None = None
+            runtime: ModelRuntime,
+            store_address: str | RingConfig | None = None,
+            decode_config: DecodeConfig | None = None,
         ) -> Workers:
             return await stack.enter_async_context(_serve_workers(runtime, store_address, decode_config))
 

@@ -34,8 +34,8 @@ def pin(
         changed = asyncio.run(_set_pins(Nodes(store), chain, unpin=False))
     if not all(changed):
         fail(
-            f"{sum(changed)} of {len(changed)} blocks are pinned, block {changed.index(False)} is the first that is not: "
-            "the store lacks them (kvferry prefix build), keeps them in Redis alone, or its pins hold half of it already"
+            f"{sum(changed)} of {len(changed)} blocks are pinned, block {changed.index(False)} is the first that is "
+            "not: the store lacks it (kvferry prefix build), has it in Redis alone, or its pins hold half of it already"
         )
     print(f"all {len(changed)} blocks are pinned")
 
