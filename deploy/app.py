@@ -78,12 +78,19 @@ class WorkerActor:
         store: RingConfig,
         threads: int,
         own_prefill: PrefillConfig | None,
+        store_cache_bytes: int | None,
     ) -> str:
         _log_to_stderr()
         tune_malloc()
         torch.set_num_threads(threads)
         self._runtime = await asyncio.to_thread(ModelRuntime, model)
-        self._server = WorkerServer(self._runtime, config=config, store_address=store, own_prefill=own_prefill)
+        self._server = WorkerServer(
+            self._runtime,
+            config=config,
+            store_address=store,
+            own_prefill=own_prefill,
+            store_cache_bytes=store_cache_bytes,
+        )
         return await self._server.start()
 
     async def set_store_nodes(self, nodes: tuple[str, ...]) -> None:
@@ -238,8 +245,9 @@ class Deployment:
             )
             for i in range(settings.decode.count)
         ]
+        cache = settings.store.worker_cache
         pending = {
-            name: self._begin(name, WorkerActor, model, config, ring, threads, own_prefill, num_gpus=gpus)
+            name: self._begin(name, WorkerActor, model, config, ring, threads, own_prefill, cache, num_gpus=gpus)
             for name, config in (
                 *((f"prefill-{i}", c) for i, c in enumerate(prefill_configs)),
                 *((f"decode-{i}", c) for i, c in enumerate(decode_configs)),

@@ -100,6 +100,8 @@ class StoreSettings(Section):
     """host:port of nodes that run elsewhere: then none is started here."""
     replication: int = Field(1, ge=1, le=MAX_REPLICATION)
     """Nodes that get a copy of each record."""
+    worker_cache: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_bytes_or_off)] = None
+    """What each worker keeps of the records that it read; None, written as `off`: nothing."""
     memory: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_bytes_or_off)] = 2**30
     """None, written as `off`: no memory tier."""
     disk: DiskSettings | None = None

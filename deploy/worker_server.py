@@ -32,8 +32,10 @@ from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES
 from kvferry.kvstore.connect import connect
+from kvferry.kvstore.read_cache import ReadCache
 from kvferry.kvstore.ring import StoreRing
 from kvferry.kvstore.ring_config import RingConfig
+from kvferry.kvstore.store import Store
 from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
 from kvferry.prefill.server import PrefillServicer
@@ -163,14 +165,18 @@ class WorkerServer:
         config: PrefillConfig | DecodeConfig,
         store_address: str | RingConfig | None,
         own_prefill: PrefillConfig | None = None,
+        store_cache_bytes: int | None = None,
     ) -> None:
         """`store_address`: host:port of the one store node, or several nodes. `own_prefill`: a decode worker has the
-        role prefill, too, and hands over in memory."""
+        role prefill, too, and hands over in memory. `store_cache_bytes`: keep so much of what the store gave."""
         self._runtime = runtime
         self._config = config
         self._own_prefill = own_prefill
         self._store_address = store_address
-        self._store: StoreClient | StoreRing | None = None
+        self._store_cache_bytes = store_cache_bytes
+        self._nodes: StoreClient | StoreRing | None = None
+        self._store: Store | None = None
+        """The nodes, or a cache before them."""
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._decode: tuple[DecodeEngine, DecodeServicer] | None = None
@@ -188,7 +194,9 @@ class WorkerServer:
                 "choose a smaller block_size"
             )
         if self._store_address:
-            self._store = connect(self._store_address)
+            self._store = self._nodes = connect(self._store_address)
+            if self._store_cache_bytes is not None:
+                self._store = ReadCache(self._nodes, self._store_cache_bytes)
         server = grpc.aio.server(options=server_options())
         if isinstance(self._config, PrefillConfig):
             info = self._runtime.info(roles=["prefill"])
@@ -209,9 +217,9 @@ class WorkerServer:
 
     def set_store_nodes(self, nodes: Sequence[str]) -> None:
         """Changes the nodes of the store's ring while requests run; see `StoreRing.set_nodes`. Raises ValueError."""
-        if not isinstance(self._store, StoreRing):
+        if not isinstance(self._nodes, StoreRing):
             raise ValueError("this worker was started with the address of one store node: give it a ring to change it")
-        self._store.set_nodes(nodes)
+        self._nodes.set_nodes(nodes)
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Health goes NOT_SERVING, running requests get `grace_s`, then everything is closed."""

@@ -1,4 +1,4 @@
-"""A whole deployment with two store nodes, one of which is killed and taken out: `python -m support.ring_deployment MODEL`.
+"""A deployment with two store nodes, one of which is killed and taken out: `python -m support.ring_deployment MODEL`.
 
 A process of its own, because it starts a Ray. Prints what came of each request as JSON.
 """
@@ -46,6 +46,8 @@ def main(model: str) -> None:
 
         ask()
         ask()
+        for number in range(3):  # so that both nodes hold something
+            client.generate(f"{number} {PROMPT}", max_tokens=1)
         held = asyncio.run(records(deployment.store))
         os.kill(deployment.processes["store-1"], signal.SIGKILL)
         ask()
