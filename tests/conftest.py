@@ -177,9 +177,14 @@ class Workers:
 
 @asynccontextmanager
 async def _serve_workers(
-    runtime: ModelRuntime, store_address: str | RingConfig | None, decode_config: DecodeConfig | None = None
+    runtime: ModelRuntime,
+    store_address: str | RingConfig | None,
+    decode_config: DecodeConfig | None = None,
+    store_cache_bytes: int | None = None,
 ) -> AsyncIterator[Workers]:
-    prefill = WorkerServer(runtime, config=PrefillConfig(), store_address=store_address)
+    prefill = WorkerServer(
+        runtime, config=PrefillConfig(), store_address=store_address, store_cache_bytes=store_cache_bytes
+    )
     decode = WorkerServer(
         runtime, config=decode_config or DecodeConfig(kv_memory=32 * 2**20), store_address=store_address
     )
@@ -201,8 +206,11 @@ async def serve_workers() -> AsyncIterator[Callable[..., Any]]:
             runtime: ModelRuntime,
             store_address: str | RingConfig | None = None,
             decode_config: DecodeConfig | None = None,
+            store_cache_bytes: int | None = None,
         ) -> Workers:
-            return await stack.enter_async_context(_serve_workers(runtime, store_address, decode_config))
+            return await stack.enter_async_context(
+                _serve_workers(runtime, store_address, decode_config, store_cache_bytes)
+            )
 
         yield start
 

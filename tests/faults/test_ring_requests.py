@@ -48,7 +48,7 @@ async def records_of(nodes: Sequence[NodeProcess]) -> list[int]:
 
 
 def ring_in(server: Any) -> StoreRing:
-    ring: StoreRing = server._store
+    ring: StoreRing = server._nodes
     return ring
 
 
@@ -181,3 +181,26 @@ async def test_nodes_join_and_leave_without_a_restart(
     single = await serve_workers(worker, addresses[0])
     with pytest.raises(ValueError, match="give it a ring"):
         single.prefill_server.set_store_nodes(addresses)
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 64 << 20])
+async def test_what_a_prefill_worker_reads_again(
+    cache_bytes: int | None,
+    worker: ModelRuntime,
+    oracle: list[int],
+    serve_workers: Any,
+    make_prompt: Any,
+    start_node: Callable[..., NodeProcess],
+) -> None:
+    """Without the cache, a prompt that comes again crosses again to prefill: requests share blocks while they run."""
+    token_ids = make_prompt(PROMPT_TOKENS)
+    ring = ring_of([start_node() for _ in range(2)], 1)
+    await (await serve_workers(worker, ring)).generate(token_ids)
+    workers = await serve_workers(worker, ring, store_cache_bytes=cache_bytes)
+    reads = []
+    for _ in range(2):
+        answer = await workers.generate(token_ids)
+        assert (answer.tokens, answer.num_cached_tokens) == (oracle, NUM_BLOCKS * BLOCK_SIZE)
+        reads.append(answer.usage.prefill.store_bytes_read)
+    assert reads[0] > 0
+    assert reads[1] == (reads[0] if cache_bytes is None else 0)
