@@ -12,6 +12,9 @@ from kvferry.kvstore.breaker import BreakerState
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.errors import KVStoreError, StoreUnavailable
 
+SETTLE_S = 1.0
+"""A node that left may still be asked so long by work that chose it before: between two calls, too."""
+
 
 @dataclass
 class RingCounters:
@@ -39,6 +42,7 @@ class RingMember:
         self._num_running = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._is_closed = False
 
     @property
     def is_up(self) -> bool:
@@ -52,7 +56,10 @@ class RingMember:
 
     @contextmanager
     def running(self) -> Iterator[StoreClient]:
-        """The client for one call: it is not closed before the call has ended."""
+        """The client for one call: it is not closed before the call has ended. Raises StoreUnavailable when the node
+        left the ring and its client is closed already."""
+        if self._is_closed:
+            raise StoreUnavailable(f"the store node {self.address} is not used any more")
         self._num_running += 1
         self._idle.clear()
         try:
@@ -69,10 +76,14 @@ class RingMember:
 
     async def retire(self, timeout_s: float) -> None:
         """Closes the client when its calls have ended, after `timeout_s` in any case."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        await self.client.close()
+        try:
+            await asyncio.sleep(SETTLE_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
+        finally:  # also when the ring is closed meanwhile
+            self._is_closed = True
+            await self.client.close()
 
     def _caught_up(self, task: asyncio.Task[Any]) -> None:
         self._num_left_behind -= 1

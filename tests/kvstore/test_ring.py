@@ -27,6 +27,7 @@ from kvferry.kvstore import (
     StoreRing,
     StoreUnavailable,
     block_keys,
+    ring_member,
 )
 from kvferry.kvstore.placement import ranked, run_keys
 
@@ -280,7 +281,7 @@ async def test_a_lease_that_comes_after_its_release_is_released(
 async def test_nodes_join_and_leave(start: Any, namespace: Namespace, make_record: MakeRecord) -> None:
     """A quarter of the runs moves to the fourth node; what moved is a miss, is published again, and found again."""
     nodes = await start(4)
-    chains = [block_keys(namespace, [number] * 32 * 40) for number in range(60)]
+    chains = [block_keys(namespace, [number] * 32 * 40) for number in range(40)]
     async with make_ring(nodes[:3]) as ring:
         for chain in chains:
             await fill(ring, chain, make_record, size=100)
@@ -325,6 +326,30 @@ async def test_a_get_outlives_the_nodes_it_reads_from(
                     ring.set_nodes([nodes[2].address])
         assert got == chain
         assert (await ring.of_chain(chain).lookup(chain)).num_contiguous == 0
+
+
+@pytest.mark.parametrize("settle_s", [0.0, 60.0])
+async def test_a_lease_at_a_node_that_left(
+    start: Any, chain: list[bytes], make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch, settle_s: float
+) -> None:
+    """It is released while the connection is kept; later it ends by itself, and the caller hears an ordinary error."""
+    monkeypatch.setattr(ring_member, "SETTLE_S", settle_s)
+    nodes = await start(2)
+    async with make_ring(nodes[:1]) as ring:
+        await fill(ring, chain, make_record)
+        store = ring.of_chain(chain)
+        found = await store.lookup(chain, lease_s=20.0)
+        (member,) = ring.members
+        ring.set_nodes([nodes[1].address])
+        await asyncio.sleep(0.05)
+        if settle_s:
+            await store.release(found.lease_id)
+            assert len(nodes[0].backend.leases) == 0
+            await member.client.close()
+        else:
+            with pytest.raises(StoreUnavailable, match="not used any more"):
+                await store.release(found.lease_id)
+        assert (await store.lookup(chain)).num_contiguous == 0
 
 
 async def test_pins_hold_every_copy(start: Any, chain: list[bytes], make_record: MakeRecord) -> None:
