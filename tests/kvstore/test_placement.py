@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.kvstore import Namespace, block_keys
@@ -52,6 +52,7 @@ def test_who_joins_or_leaves_changes_nobody_elses_order(run: bytes, names: set[s
     assert len(before - after) == (gone in before)
 
 
+@settings(deadline=None, max_examples=25)  # thousands of hashes each
 @given(st.integers(2, 10), st.integers(1, 3), st.integers(0, 2**32))
 def test_runs_are_spread_evenly(count: int, copies: int, seed: int) -> None:
     names = [f"10.{seed % 251}.0.{number}:7700" for number in range(count)]
@@ -61,6 +62,7 @@ def test_runs_are_spread_evenly(count: int, copies: int, seed: int) -> None:
     assert all(abs(loads[name] - fair) < 5 * fair**0.5 for name in names)
 
 
+@settings(deadline=None, max_examples=25)  # thousands of hashes each
 @given(st.integers(2, 10))
 def test_one_nth_of_the_runs_moves(count: int) -> None:
     names = [f"node-{number}:7700" for number in range(count)]
