@@ -15,9 +15,9 @@ import torch
 
 from kvferry.decode.cache import PackedCache
 from kvferry.decode.pieces import IncomingPieces
-from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.codec import Record, RecordDigest, decode_record
 from kvferry.kvstore.errors import KVStoreError
+from kvferry.kvstore.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class BlockFetcher:
         present: frozenset[int],
         slot: int,
         cache: PackedCache,
-        store: StoreClient | None,
+        store: Store | None,
         ask_prefill: Callable[[list[int]], Awaitable[None]],
         loaded: Callable[[int], None],
         timeout_s: float,
@@ -76,7 +76,7 @@ class BlockFetcher:
         self._present = present
         self._slot = slot
         self._cache = cache
-        self._store = store
+        self._store = None if store is None else store.of_chain(keys)
         self._ask_prefill = ask_prefill
         self._loaded = loaded
         self._timeout_s = timeout_s

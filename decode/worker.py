@@ -18,8 +18,8 @@ from kvferry.decode.prefill_stream import PrefillStream
 from kvferry.decode.running import SequenceGroup
 from kvferry.decode.sequence import Sequence, TokenEvent
 from kvferry.kernels.sampling import SampledToken, SamplingParams, TokenHistory, finish_reason
-from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.key import Namespace, block_keys
+from kvferry.kvstore.store import Store
 from kvferry.proto import worker_pb2
 
 
@@ -55,7 +55,7 @@ class DecodeWorker:
         *,
         engine: DecodeEngine,
         cache: PackedCache,
-        store: StoreClient | None,
+        store: Store | None,
         config: DecodeConfig,
     ) -> None:
         self._engine = engine

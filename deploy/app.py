@@ -1,7 +1,7 @@
-"""The Ray application: KV store node, prefill workers, decode workers and gateway, each an actor in its own process.
+"""The Ray application: KV store nodes, prefill workers, decode workers and gateway, each an actor in its own process.
 
     client ──▶ gateway ──▶ decode workers ──▶ prefill workers
-                                  └──▶ store node ◀──┘
+                                  └──▶ store nodes ◀──┘
 
 Ray places and ends the processes. The data plane is gRPC: no prompt, token or KV byte passes through Ray.
 """
@@ -9,11 +9,13 @@ Ray places and ends the processes. The data plane is gRPC: no prompt, token or K
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,6 +36,7 @@ from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
+from kvferry.kvstore.ring_config import RingConfig
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.kvstore.store_config import make_backend
 from kvferry.prefill.config import PrefillConfig
@@ -49,12 +52,12 @@ RAY_OBJECT_STORE_BYTES = 80_000_000
 class StoreActor:
     """A KV store node."""
 
-    async def start(self, settings: Settings) -> str:
+    async def start(self, settings: Settings, index: int) -> str:
         _log_to_stderr()
         tune_malloc()
         store = settings.store
-        backend = await asyncio.to_thread(make_backend, store.store_config())
-        self._server = KVStoreServer(backend, NodeConfig(host=store.host, port=store.port))
+        backend = await asyncio.to_thread(make_backend, store.store_config(index))
+        self._server = KVStoreServer(backend, NodeConfig(host=store.host, port=store.port and store.port + index))
         await self._server.start()
         return self._server.address
 
@@ -72,16 +75,26 @@ class WorkerActor:
         self,
         model: ModelConfig,
         config: PrefillConfig | DecodeConfig,
-        store_address: str,
+        store: RingConfig,
         threads: int,
         own_prefill: PrefillConfig | None,
+        store_cache_bytes: int | None,
     ) -> str:
         _log_to_stderr()
         tune_malloc()
         torch.set_num_threads(threads)
         self._runtime = await asyncio.to_thread(ModelRuntime, model)
-        self._server = WorkerServer(self._runtime, config=config, store_address=store_address, own_prefill=own_prefill)
+        self._server = WorkerServer(
+            self._runtime,
+            config=config,
+            store_address=store,
+            own_prefill=own_prefill,
+            store_cache_bytes=store_cache_bytes,
+        )
         return await self._server.start()
+
+    async def set_store_nodes(self, nodes: tuple[str, ...]) -> None:
+        self._server.set_store_nodes(nodes)
 
     async def stop(self) -> None:
         await self._server.stop()
@@ -160,9 +173,10 @@ class Deployment:
         self.settings = settings
         self.address = ""
         """host:port of the gateway, once started."""
-        self.store_address = ""
+        self.store: RingConfig | None = None
+        """The store's nodes, once started."""
         self.processes: dict[str, int] = {}
-        """Process ids by name: store, prefill-0, decode-0, gateway."""
+        """Process ids by name: store (several: store-0, …), prefill-0, decode-0, gateway."""
         self._actors: dict[str, Any] = {}
         self._ray_dir = ""
 
@@ -202,13 +216,13 @@ class Deployment:
             address="local",
             _temp_dir=self._ray_dir,
             include_dashboard=False,
-            num_cpus=max(workers + 2, os.cpu_count() or 1),
+            num_cpus=max(workers + settings.store.count + 1, os.cpu_count() or 1),
             object_store_memory=RAY_OBJECT_STORE_BYTES,
             log_to_driver=logger.isEnabledFor(logging.INFO),
             logging_level=logging.WARNING,
         )
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
-        self.store_address = self._launch("store", StoreActor, settings)
+        self.store = ring = settings.store.ring_config(settings.store.nodes or self._start_nodes())
         model = model_config(settings)
         threads = settings.threads or os.cpu_count() or 1
         prefill_configs = [
@@ -236,8 +250,9 @@ class Deployment:
             )
             for i in range(settings.decode.count)
         ]
+        cache = settings.store.worker_cache
         pending = {
-            name: self._begin(name, WorkerActor, model, config, self.store_address, threads, own_prefill, num_gpus=gpus)
+            name: self._begin(name, WorkerActor, model, config, ring, threads, own_prefill, cache, num_gpus=gpus)
             for name, config in (
                 *((f"prefill-{i}", c) for i, c in enumerate(prefill_configs)),
                 *((f"decode-{i}", c) for i, c in enumerate(decode_configs)),
@@ -252,6 +267,27 @@ class Deployment:
             [a for name, a in addresses.items() if name.startswith("decode")],
         )
         logger.info("serving on %s after %.1f s", self.address, time.monotonic() - started)
+
+    @property
+    def store_address(self) -> str:
+        """host:port of the first store node."""
+        return "" if self.store is None else self.store.nodes[0]
+
+    def set_store_nodes(self, nodes: Sequence[str]) -> None:
+        """Tells every worker that the store has these nodes from now on; see `StoreRing.set_nodes`. Raises ValueError
+        for what is no list of nodes, RayError when a worker does not answer."""
+        if self.store is None:
+            raise ValueError("the deployment is not started")
+        ring = dataclasses.replace(self.store, nodes=tuple(nodes))
+        workers = [handle for name, handle in self._actors.items() if name.startswith(("prefill-", "decode-"))]
+        ray.get([worker.set_store_nodes.remote(ring.nodes) for worker in workers], timeout=STOP_TIMEOUT_S)
+        self.store = ring
+
+    def _start_nodes(self) -> list[str]:
+        count = self.settings.store.count
+        names = ["store"] if count == 1 else [f"store-{i}" for i in range(count)]
+        pending = {name: self._begin(name, StoreActor, self.settings, i) for i, name in enumerate(names)}
+        return [self._finish(name, start) for name, start in pending.items()]
 
     def _launch(self, name: str, actor: type, *args: object) -> str:
         return self._finish(name, self._begin(name, actor, *args))

@@ -15,8 +15,8 @@ from rich.table import Table
 from kvferry.deploy.app import Deployment
 from kvferry.deploy.client import Client
 from kvferry.deploy.settings import Settings
-from kvferry.kvstore.client import StoreClient
-from kvferry.kvstore.config import ClientConfig
+from kvferry.kvstore.ring import StoreRing
+from kvferry.kvstore.ring_config import RingConfig
 
 FIRST_QUESTION = "Which port does the gateway use?"
 OTHER_QUESTION = "How many tokens does a page hold? Answer in one sentence."
@@ -58,7 +58,8 @@ def run_demo(settings: Settings, *, document: Path | None, json_path: Path | Non
             ask("(1) other question", OTHER_QUESTION),
             ask("(2) first again", FIRST_QUESTION),
         ]
-        wiped = asyncio.run(_wipe(deployment.store_address))
+        assert deployment.store is not None
+        wiped = asyncio.run(_wipe(deployment.store))
         console.print(f"\n[bold]The store is wiped[/bold]: {wiped} blocks deleted.")
         requests.append(ask("(3) first, wiped", FIRST_QUESTION))
     first, _, again, after_wipe = requests
@@ -105,8 +106,8 @@ def _ask(client: Client, console: Console, name: str, prompt: str, max_tokens: i
     )
 
 
-async def _wipe(store_address: str) -> int:
-    async with StoreClient(ClientConfig(address=store_address)) as store:
+async def _wipe(nodes: RingConfig) -> int:
+    async with StoreRing(nodes) as store:
         return await store.delete_all()
 
 

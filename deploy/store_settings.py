@@ -1,13 +1,15 @@
-"""The `store` section: where the KV store node listens, and the tiers that keep its records."""
+"""The `store` section: the KV store nodes, where they listen, and the tiers that keep their records."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from kvferry.kvstore.redis_place import RedisPlace, RedisTls
+from kvferry.kvstore.ring_config import MAX_NODES, MAX_REPLICATION, RingConfig, checked_nodes
 from kvferry.kvstore.size import parse_size
 from kvferry.kvstore.store_config import DiskConfig, StoreConfig
 
@@ -91,6 +93,15 @@ class RedisSettings(Section):
 class StoreSettings(Section):
     host: str = "127.0.0.1"
     port: Port = 7700
+    """The first node's; the next ones count up. 0: any free ports."""
+    count: int = Field(1, ge=1, le=MAX_NODES)
+    """Nodes on this machine, each with these tiers."""
+    nodes: list[str] = []
+    """host:port of nodes that run elsewhere: then none is started here."""
+    replication: int = Field(1, ge=1, le=MAX_REPLICATION)
+    """Nodes that get a copy of each record."""
+    worker_cache: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_bytes_or_off)] = None
+    """What each worker keeps of the records that it read; None, written as `off`: nothing."""
     memory: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_bytes_or_off)] = 2**30
     """None, written as `off`: no memory tier."""
     disk: DiskSettings | None = None
@@ -105,12 +116,35 @@ class StoreSettings(Section):
             raise ValueError("write: back needs a memory tier")
         return self
 
-    def store_config(self) -> StoreConfig:
-        """What `make_backend` takes. Raises OSError when a password file cannot be read."""
-        disk = self.disk
+    @model_validator(mode="after")
+    def _has_nodes(self) -> StoreSettings:
+        if self.nodes:
+            checked_nodes(self.nodes)
+            of_nodes = sorted(self.model_fields_set & {"count", "memory", "disk", "redis", "write"})
+            if of_nodes:
+                raise ValueError(f"nodes run elsewhere, so what they are is not set here: remove {', '.join(of_nodes)}")
+        if self.port and self.port + self.count - 1 > 65535:
+            raise ValueError(f"port + count: {self.count} ports from {self.port} on do not exist")
+        num_nodes = len(self.nodes) or self.count
+        if self.replication > num_nodes:
+            raise ValueError(f"replication is {self.replication}, more than there are nodes ({num_nodes})")
+        return self
+
+    def ring_config(self, addresses: Sequence[str]) -> RingConfig:
+        """The ring of these nodes: those that were started here, or `nodes`."""
+        return RingConfig(nodes=tuple(addresses), replication=self.replication)
+
+    def store_config(self, index: int = 0) -> StoreConfig:
+        """What `make_backend` takes, for one of the nodes. Raises OSError when a password file cannot be read."""
+        disk = None
+        if self.disk is not None:
+            folder = self.disk.path.expanduser()
+            if self.count > 1:  # a folder has one user
+                folder /= f"node-{index}"
+            disk = DiskConfig(folder=folder, capacity_bytes=self.disk.bytes)
         return StoreConfig(
             memory_bytes=self.memory,
-            disk=None if disk is None else DiskConfig(folder=disk.path.expanduser(), capacity_bytes=disk.bytes),
+            disk=disk,
             redis=None if self.redis is None else self.redis.place(),
             write=self.write,
         )

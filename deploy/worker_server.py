@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -31,7 +31,12 @@ from kvferry.kernels.reference import ReferenceKernels
 from kvferry.kernels.rotation import RotatedModel
 from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore.client import StoreClient
-from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES, ClientConfig
+from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES
+from kvferry.kvstore.connect import connect
+from kvferry.kvstore.read_cache import ReadCache
+from kvferry.kvstore.ring import StoreRing
+from kvferry.kvstore.ring_config import RingConfig
+from kvferry.kvstore.store import Store
 from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
 from kvferry.prefill.server import PrefillServicer
@@ -159,18 +164,23 @@ class WorkerServer:
         runtime: ModelRuntime,
         *,
         config: PrefillConfig | DecodeConfig,
-        store_address: str | None,
+        store_address: str | RingConfig | None,
         own_prefill: PrefillConfig | None = None,
+        store_cache_bytes: int | None = None,
         remote_prefill: type[RemotePrefillStream] = RemotePrefillStream,
     ) -> None:
-        """`own_prefill`: a decode worker has the role prefill, too, and hands over in memory. `remote_prefill`: how it
-        reaches other prefill workers."""
+        """`store_address`: host:port of the one store node, or several nodes. `own_prefill`: a decode worker has the
+        role prefill, too, and hands over in memory. `store_cache_bytes`: keep so much of what the store gave.
+        `remote_prefill`: how it reaches other prefill workers."""
         self._remote_prefill = remote_prefill
         self._runtime = runtime
         self._config = config
         self._own_prefill = own_prefill
         self._store_address = store_address
-        self._store: StoreClient | None = None
+        self._store_cache_bytes = store_cache_bytes
+        self._nodes: StoreClient | StoreRing | None = None
+        self._store: Store | None = None
+        """The nodes, or a cache before them."""
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._decode: tuple[DecodeEngine, DecodeServicer] | None = None
@@ -188,7 +198,9 @@ class WorkerServer:
                 "choose a smaller block_size"
             )
         if self._store_address:
-            self._store = StoreClient(ClientConfig(address=self._store_address))
+            self._store = self._nodes = connect(self._store_address)
+            if self._store_cache_bytes is not None:
+                self._store = ReadCache(self._nodes, self._store_cache_bytes)
         server = grpc.aio.server(options=server_options())
         if isinstance(self._config, PrefillConfig):
             info = self._runtime.info(roles=["prefill"])
@@ -206,6 +218,12 @@ class WorkerServer:
         self._server = server
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         return f"{self._config.host}:{port}"
+
+    def set_store_nodes(self, nodes: Sequence[str]) -> None:
+        """Changes the nodes of the store's ring while requests run; see `StoreRing.set_nodes`. Raises ValueError."""
+        if not isinstance(self._nodes, StoreRing):
+            raise ValueError("this worker was started with the address of one store node: give it a ring to change it")
+        self._nodes.set_nodes(nodes)
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Health goes NOT_SERVING, running requests get `grace_s`, then everything is closed."""

@@ -18,7 +18,10 @@ from kvferry.kvstore.errors import (
 from kvferry.kvstore.key import Namespace, block_keys
 from kvferry.kvstore.memory_backend import MemoryBackend
 from kvferry.kvstore.node_answers import ListedRecord, NodeStats, PutManyOutcome
+from kvferry.kvstore.ring import StoreRing
+from kvferry.kvstore.ring_config import RingConfig
 from kvferry.kvstore.server import KVStoreServer
+from kvferry.kvstore.store import ChainStore, Store
 
 __all__ = [
     "Backend",
@@ -26,6 +29,7 @@ __all__ = [
     "BlockCorrupt",
     "BlockHeader",
     "BlockNotFound",
+    "ChainStore",
     "ClientConfig",
     "ClientCounters",
     "InvalidRequest",
@@ -39,8 +43,11 @@ __all__ = [
     "NodeStats",
     "PutManyOutcome",
     "Record",
+    "RingConfig",
+    "Store",
     "StoreClient",
     "StoreFull",
+    "StoreRing",
     "StoreUnavailable",
     "block_keys",
     "decode_record",

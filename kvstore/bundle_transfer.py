@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from kvferry.kvstore.bundle_chain import Chain
 from kvferry.kvstore.bundle_reader import BundleReader
 from kvferry.kvstore.bundle_writer import BundleWriter
-from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.codec import Record, encode_record
 from kvferry.kvstore.errors import BlockCorrupt, BlockNotFound, KVStoreError, StoreFull
+from kvferry.kvstore.store import ChainStore, Store
 
 # Records that one Get asks for: its timeout is for this many, and as many are leased at a time.
 WINDOW = 32
@@ -33,12 +33,12 @@ class Transferred:
     bytes_sent: int = 0
 
 
-async def num_stored(store: StoreClient, chain: Chain) -> int:
+async def num_stored(store: Store, chain: Chain) -> int:
     """How many of the chain's first blocks the node holds."""
-    return (await store.lookup(chain.keys)).num_contiguous
+    return (await store.of_chain(chain.keys).lookup(chain.keys)).num_contiguous
 
 
-async def wait_until_stored(store: StoreClient, chain: Chain, *, timeout_s: float) -> int:
+async def wait_until_stored(store: Store, chain: Chain, *, timeout_s: float) -> int:
     """`num_stored`, asked again until it is all of the chain or `timeout_s` are over: publishing goes on behind an
     answer."""
     end = time.monotonic() + timeout_s
@@ -47,7 +47,7 @@ async def wait_until_stored(store: StoreClient, chain: Chain, *, timeout_s: floa
     return found
 
 
-async def export_chain(store: StoreClient, writer: BundleWriter, chain: Chain, progress: Progress) -> None:
+async def export_chain(store: Store, writer: BundleWriter, chain: Chain, progress: Progress) -> None:
     """Appends what `writer` lacks. Raises BlockNotFound, before anything is read, when the node lacks some of it; what
     came before is kept."""
     progress(writer.num_done)
@@ -59,7 +59,7 @@ async def export_chain(store: StoreClient, writer: BundleWriter, chain: Chain, p
 
 
 async def import_bundle(
-    reader: BundleReader, store: StoreClient, progress: Progress, *, target: Chain | None = None
+    reader: BundleReader, store: Store, progress: Progress, *, target: Chain | None = None
 ) -> Transferred:
     """Puts the records that the node lacks, in order, so that what has come is usable at once.
 
@@ -70,41 +70,44 @@ async def import_bundle(
     done = Transferred(num_present=await num_stored(store, chain))
     progress(done.num_present)
     own = reader.header.chain.namespace == chain.namespace
+    placed = store.of_chain(chain.keys)
     for index in range(done.num_present, len(chain.keys)):
         # A thread reads and hashes, so that the connection's pings are answered meanwhile.
         if own:
             record = await asyncio.to_thread(reader.raw_record, index)
         else:
             record = _encoded(await asyncio.to_thread(reader.record, index), chain)
-        await _put(store, chain.keys[index], record, done)
+        await _put(placed, chain.keys[index], record, done)
         progress(index + 1)
     await _require_kept(store, chain)
     return done
 
 
-async def copy_chain(source: StoreClient, target: StoreClient, chain: Chain, progress: Progress) -> Transferred:
-    """From node to node; memory holds one record, besides what gRPC buffers. Raises like `export_chain`."""
+async def copy_chain(source: Store, target: Store, chain: Chain, progress: Progress) -> Transferred:
+    """From store to store; memory holds one record, besides what gRPC buffers. Raises like `export_chain`."""
     done = Transferred(num_present=await num_stored(target, chain))
     progress(done.num_present)
     await _require_stored(source, chain, done.num_present)
+    placed = target.of_chain(chain.keys)
     async with aclosing(_records(source, chain, done.num_present)) as records:
         async for record in records:
-            await _put(target, chain.keys[record.header.block_index], _encoded(record, chain), done)
+            await _put(placed, chain.keys[record.header.block_index], _encoded(record, chain), done)
             progress(record.header.block_index + 1)
     await _require_kept(target, chain)
     return done
 
 
-async def _records(store: StoreClient, chain: Chain, start: int) -> AsyncGenerator[Record]:
+async def _records(store: Store, chain: Chain, start: int) -> AsyncGenerator[Record]:
     """The verified records from block `start` on, leased while they are read. Raises BlockNotFound."""
     namespace = chain.namespace.digest()
+    placed = store.of_chain(chain.keys)
     for first in range(start, len(chain.keys), WINDOW):
         keys = chain.keys[first : first + WINDOW]
-        found = await store.lookup(keys, lease_s=LEASE_S)
+        found = await placed.lookup(keys, lease_s=LEASE_S)
         try:
             if found.num_contiguous < len(keys):
                 raise _not_stored(chain, first + found.num_contiguous)
-            async with aclosing(store.get(keys, namespace=namespace, lease_id=found.lease_id)) as records:
+            async with aclosing(placed.get(keys, namespace=namespace, lease_id=found.lease_id)) as records:
                 index = first
                 async for record in records:
                     header = record.header
@@ -115,12 +118,12 @@ async def _records(store: StoreClient, chain: Chain, start: int) -> AsyncGenerat
         finally:
             if found.lease_id:
                 with suppress(KVStoreError):  # then the lease ends by itself
-                    await store.release(found.lease_id)
+                    await placed.release(found.lease_id)
 
 
-async def _require_stored(store: StoreClient, chain: Chain, start: int) -> None:
+async def _require_stored(store: Store, chain: Chain, start: int) -> None:
     missing = chain.keys[start:]
-    if missing and (found := (await store.lookup(missing)).num_contiguous) < len(missing):
+    if missing and (found := (await store.of_chain(chain.keys).lookup(missing)).num_contiguous) < len(missing):
         raise _not_stored(chain, start + found)
 
 
@@ -132,7 +135,7 @@ def _not_stored(chain: Chain, index: int) -> BlockNotFound:
     )
 
 
-async def _put(store: StoreClient, key: bytes, record: bytes, done: Transferred) -> None:
+async def _put(store: ChainStore, key: bytes, record: bytes, done: Transferred) -> None:
     if await store.put(key, record):
         done.num_sent += 1
         done.bytes_sent += len(record)
@@ -140,7 +143,7 @@ async def _put(store: StoreClient, key: bytes, record: bytes, done: Transferred)
         done.num_present += 1
 
 
-async def _require_kept(store: StoreClient, chain: Chain) -> None:
+async def _require_kept(store: Store, chain: Chain) -> None:
     """A node that is too small takes every record and evicts the first ones for the last."""
     kept = await num_stored(store, chain)
     if kept < len(chain.keys):

@@ -117,6 +117,10 @@ class StoreClient:
         """CLOSED: the store is used. Otherwise calls fail at once."""
         return self._breaker.state
 
+    def of_chain(self, keys: Sequence[bytes]) -> Self:
+        """This client: one node holds all blocks. See `Store`."""
+        return self
+
     async def lookup(
         self, keys: Sequence[bytes], *, lease_s: float = 0.0, timeout_s: float | None = None
     ) -> LookupResult:

@@ -55,7 +55,7 @@ class Record:
     header: BlockHeader
     payload: memoryview
     nbytes: int
-    """Size of the whole record, header included."""
+    """Size of the whole record, header included; 0 for one from this process's memory (`ReadCache`)."""
 
 
 class RecordDigest:

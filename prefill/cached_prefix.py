@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.codec import Record
 from kvferry.kvstore.errors import KVStoreError
+from kvferry.kvstore.store import ChainStore
 from kvferry.prefill.fetch_policy import FetchChoice, FetchPolicy, FetchQuestion
 from kvferry.prefill.prompt_blocks import PromptBlocks
 
@@ -46,7 +46,7 @@ class CachedPrefix:
     def __init__(
         self,
         *,
-        store: StoreClient,
+        store: ChainStore,
         policy: FetchPolicy,
         blocks: PromptBlocks,
         keys: Sequence[bytes],
@@ -159,6 +159,6 @@ async def _within(records: AsyncIterator[Record], seconds: float) -> Record | No
         raise ValueError("the store sent fewer records than were asked for") from None
 
 
-async def _release(store: StoreClient, lease_id: int) -> None:
+async def _release(store: ChainStore, lease_id: int) -> None:
     with suppress(KVStoreError):  # then the lease ends by itself
         await store.release(lease_id)

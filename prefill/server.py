@@ -10,9 +10,9 @@ from contextlib import suppress
 import grpc
 
 from kvferry.kernels.sampling import MAX_TOP_LOGPROBS, SampledToken, SamplingParams
-from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import FRAME_BYTES
 from kvferry.kvstore.identity import namespace_of
+from kvferry.kvstore.store import Store
 from kvferry.prefill.admission import Held, check_room
 from kvferry.prefill.chooser import MeasuredChooser
 from kvferry.prefill.config import FetchMode, PrefillConfig
@@ -49,7 +49,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         self,
         *,
         engine: PrefillEngine,
-        store: StoreClient | None,
+        store: Store | None,
         info: worker_pb2.WorkerInfo,
         config: PrefillConfig,
     ) -> None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, TypeVarTuple
 
 from kvferry.kernels.sampling import SampledToken, SamplingParams
-from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.codec import RecordDigest, encode_record
 from kvferry.kvstore.errors import KVStoreError
 from kvferry.kvstore.key import Namespace, block_keys
+from kvferry.kvstore.store import Store
 from kvferry.prefill.cached_prefix import CachedPrefix
 from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
@@ -89,7 +89,7 @@ class PrefillSession:
         sampling: SamplingParams,
         namespace: Namespace,
         engine: PrefillEngine,
-        store: StoreClient | None,
+        store: Store | None,
         fetch_policy: FetchPolicy,
         config: PrefillConfig,
         remaining_s: float | None,
@@ -113,7 +113,7 @@ class PrefillSession:
         self._namespace = namespace.digest()
         self._keys = block_keys(namespace, token_ids)
         self._engine = engine
-        self._store = store
+        self._store = None if store is None else store.of_chain(self._keys)
         self._fetch_policy = fetch_policy
         self._config = config
         self._fetch_budget_s = min(config.fetch_timeout_s, self._remaining_s / 4)

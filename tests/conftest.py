@@ -21,6 +21,7 @@ from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.memory_backend import MemoryBackend
+from kvferry.kvstore.ring_config import RingConfig
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.prefill.config import PrefillConfig
 from kvferry.proto import worker_pb2, worker_pb2_grpc
@@ -176,9 +177,17 @@ class Workers:
 
 @asynccontextmanager
 async def _serve_workers(
-    runtime: ModelRuntime, store_address: str | None, decode_config: DecodeConfig | None = None
+    runtime: ModelRuntime,
+    store_address: str | RingConfig | None,
+    decode_config: DecodeConfig | None = None,
+    store_cache_bytes: int | None = None,
 ) -> AsyncIterator[Workers]:
-    prefill = WorkerServer(runtime, config=PrefillConfig(fetch="always"), store_address=store_address)
+    prefill = WorkerServer(
+        runtime,
+        config=PrefillConfig(fetch="always"),
+        store_address=store_address,
+        store_cache_bytes=store_cache_bytes,
+    )
     decode = WorkerServer(
         runtime, config=decode_config or DecodeConfig(kv_memory=32 * 2**20), store_address=store_address
     )
@@ -197,9 +206,14 @@ async def serve_workers() -> AsyncIterator[Callable[..., Any]]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            runtime: ModelRuntime, store_address: str | None = None, decode_config: DecodeConfig | None = None
+            runtime: ModelRuntime,
+            store_address: str | RingConfig | None = None,
+            decode_config: DecodeConfig | None = None,
+            store_cache_bytes: int | None = None,
         ) -> Workers:
-            return await stack.enter_async_context(_serve_workers(runtime, store_address, decode_config))
+            return await stack.enter_async_context(
+                _serve_workers(runtime, store_address, decode_config, store_cache_bytes)
+            )
 
         yield start
 

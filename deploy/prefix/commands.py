@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvferry.deploy.cli_failure import fail
-from kvferry.deploy.client import Client, ClientError
+from kvferry.deploy.client import Client
 from kvferry.deploy.prefix import options as opt
 from kvferry.deploy.prefix.deployment import describe
+from kvferry.deploy.prefix.failing import failing
 from kvferry.deploy.prefix.naming import PromptName, chain_of_prompt, named_chain
+from kvferry.deploy.prefix.node_commands import list_nodes, pin, unpin
 from kvferry.deploy.prefix.progress import block_progress
 from kvferry.deploy.prefix.report import describe_bundle, shown, size_words
+from kvferry.deploy.prefix.stores import Nodes
 from kvferry.deploy.prefix.trust import default_trust_file, trusted_signers
 from kvferry.kvstore.bundle_chain import Chain, require_same_deployment
 from kvferry.kvstore.bundle_reader import BundleReader
@@ -29,14 +30,14 @@ from kvferry.kvstore.bundle_transfer import (
     wait_until_stored,
 )
 from kvferry.kvstore.bundle_writer import BundleWriter
-from kvferry.kvstore.client import StoreClient
-from kvferry.kvstore.config import ClientConfig
 from kvferry.kvstore.errors import InvalidRequest, KVStoreError
 
 PUBLISH_TIMEOUT_S = 15.0
 """A prefill worker publishes for at most 10 s after an answer's first token."""
 
 prefix = typer.Typer(help="Computed prefixes as files, and from store node to store node.", no_args_is_help=True)
+prefix.command()(pin)
+prefix.command()(unpin)
 
 
 @prefix.command()
@@ -47,6 +48,7 @@ def build(
     address: opt.Gateway = opt.GATEWAY,
     worker: opt.Worker = opt.WORKER,
     store: opt.Store = opt.STORE,
+    replication: opt.Replication = 1,
     tenant: opt.Tenant = opt.TENANT,
     model: opt.Model = None,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for the prompt's computation.")] = 600.0,
@@ -55,7 +57,7 @@ def build(
 
     Asks the gateway for one token, so that the prompt takes the way of every other request.
     """
-    with _failing():
+    with failing():
         name = PromptName(path=prompt_file, question=question, raw=raw)
         text = name.text()
         chain = chain_of_prompt(name, text, worker=worker, tenant=tenant, model=model)
@@ -64,12 +66,12 @@ def build(
                 answer = client.generate(text, max_tokens=1, timeout=timeout)
             else:
                 answer = client.generate(messages=[{"role": "user", "content": text}], max_tokens=1, timeout=timeout)
-        found = asyncio.run(_wait(store, chain))
+        found = asyncio.run(_wait(Nodes(store, replication), chain))
         usage = answer.usage
         if found < len(chain.keys):
             fail(
-                f"the store at {store} holds {found} of the prompt's {len(chain.keys)} blocks: is it the deployment's "
-                f"store, and its tenant {tenant!r}? Else it has too little memory"
+                f"the store at {Nodes(store)} holds {found} of the prompt's {len(chain.keys)} blocks: is it the "
+                f"deployment's store, and its tenant {tenant!r}? Else it has too little memory"
             )
     print(
         f"{len(chain.keys)} blocks, {chain.num_tokens:,} tokens, are in the store; {usage.cached_tokens:,} tokens were "
@@ -93,11 +95,12 @@ def export_command(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     worker: opt.Worker = opt.WORKER,
     store: opt.Store = opt.STORE,
+    replication: opt.Replication = 1,
     tenant: opt.Tenant = opt.TENANT,
     model: opt.Model = None,
 ) -> None:
     """Write a computed prefix as one file. Repeat an interrupted export to go on with it."""
-    with _failing():
+    with failing():
         signer = Signer.load(sign) if sign is not None else None
         chain = named_chain(
             prompt_file=prompt_file,
@@ -114,7 +117,7 @@ def export_command(
         with BundleWriter(output, chain, replace=force) as writer:
             if writer.num_done:
                 print(f"going on after {writer.num_done} blocks that {output}.part holds")
-            asyncio.run(_export(store, writer, chain))
+            asyncio.run(_export(Nodes(store, replication), writer, chain))
             writer.finish(signer)
         with BundleReader(output) as bundle:
             header = bundle.header
@@ -133,6 +136,7 @@ def import_command(
     file: opt.BundlePath,
     worker: opt.Worker = opt.WORKER,
     store: opt.Store = opt.STORE,
+    replication: opt.Replication = 1,
     tenant: Annotated[
         str | None, typer.Option(help="Import for this tenant instead of the bundle's; needs its token ids.")
     ] = None,
@@ -141,20 +145,20 @@ def import_command(
     insecure_accept_unsigned: opt.AcceptUnsigned = False,
 ) -> None:
     """Put a bundle's blocks into a store node. Blocks that are there are skipped, so an import can be repeated."""
-    with _failing(), BundleReader(file) as bundle:
+    with failing(), BundleReader(file) as bundle:
         trusted = trusted_signers(trust_file, trust_this_signer or ())
         require_trusted(bundle.signer, trusted, accept_unsigned=insecure_accept_unsigned)
         chain = bundle.header.chain
         target = chain if tenant is None else chain.under_tenant(tenant)
         deployment = describe(worker, target.namespace.tenant)
         require_same_deployment(chain, model_name=deployment.model_name, namespace=deployment.namespace)
-        done = asyncio.run(_import(store, bundle, target))
+        done = asyncio.run(_import(Nodes(store, replication), bundle, target))
     _print_transferred(done, target)
 
 
 @prefix.command()
 def push(
-    to: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The store node that gets the blocks.")],
+    to: Annotated[list[str], typer.Argument(metavar="HOST:PORT...", help="The store's nodes that get the blocks.")],
     prompt_file: opt.PromptFile = None,
     question: opt.Question = None,
     raw: opt.Raw = False,
@@ -165,11 +169,12 @@ def push(
     ] = None,
     worker: opt.Worker = opt.WORKER,
     store: opt.Store = opt.STORE,
+    replication: opt.Replication = 1,
     tenant: opt.Tenant = opt.TENANT,
     model: opt.Model = None,
 ) -> None:
     """Copy a computed prefix from the deployment's store straight to another node. Repeat it to go on."""
-    with _failing():
+    with failing():
         chain = named_chain(
             prompt_file=prompt_file,
             question=question,
@@ -183,13 +188,15 @@ def push(
         if to_worker is not None:
             other = describe(to_worker, chain.namespace.tenant)
             require_same_deployment(chain, model_name=other.model_name, namespace=other.namespace)
-        done = asyncio.run(_copy(store, to, chain, "push"))
+        done = asyncio.run(_copy(Nodes(store, replication), Nodes(to), chain, "push"))
     _print_transferred(done, chain)
 
 
 @prefix.command()
 def pull(
-    source: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The store node that has the blocks.")],
+    source: Annotated[
+        list[str], typer.Argument(metavar="HOST:PORT...", help="The store's nodes that have the blocks.")
+    ],
     trust_node: Annotated[
         bool,
         typer.Option("--trust-node", help="Records of a node bear no signature: say that you trust who runs it."),
@@ -201,11 +208,12 @@ def pull(
     until: opt.Until = None,
     worker: opt.Worker = opt.WORKER,
     store: opt.Store = opt.STORE,
+    replication: opt.Replication = 1,
     tenant: opt.Tenant = opt.TENANT,
     model: opt.Model = None,
 ) -> None:
     """Copy a computed prefix from another node straight into the deployment's store. Repeat it to go on."""
-    with _failing():
+    with failing():
         if not trust_node:
             raise InvalidRequest(
                 "records that come from a node bear no signature: whoever runs it decides what the model sees. Say "
@@ -223,14 +231,14 @@ def pull(
         )
         own = describe(worker, chain.namespace.tenant)
         require_same_deployment(chain, model_name=own.model_name, namespace=own.namespace)
-        done = asyncio.run(_copy(source, store, chain, "pull"))
+        done = asyncio.run(_copy(Nodes(source), Nodes(store, replication), chain, "pull"))
     _print_transferred(done, chain)
 
 
 @prefix.command()
 def verify(file: opt.BundlePath, trust_file: opt.TrustFile = None) -> None:
     """Check every byte of a bundle and say what it holds. Ends non-zero when it is damaged; asks no deployment."""
-    with _failing(), BundleReader(file) as bundle:
+    with failing(), BundleReader(file) as bundle:
         trusted = trusted_signers(trust_file)
         with block_progress("verify", len(bundle.header.rows)) as progress:
             for index, _ in enumerate(bundle.records(), start=1):
@@ -242,11 +250,19 @@ def verify(file: opt.BundlePath, trust_file: opt.TrustFile = None) -> None:
 
 @prefix.command("list")
 def list_command(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Bundles.")],
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE...]", help="Bundles.")] = None,
     trust_file: opt.TrustFile = None,
+    store: opt.Store = opt.STORE,
+    limit: Annotated[int, typer.Option(min=0, help="Records of each node; 0: all.")] = 100,
 ) -> None:
-    """One line a bundle, read from its head alone. Ends non-zero when one is damaged."""
-    with _failing():
+    """One line a bundle, read from its head alone; without files, what the store's nodes hold.
+
+    Ends non-zero when a bundle is damaged or a node does not answer.
+    """
+    if not files:
+        list_nodes(store, limit)
+        return
+    with failing():
         trusted = trusted_signers(trust_file)
     num_bad = 0
     for file in files:
@@ -275,11 +291,12 @@ def remove(
     until: opt.Until = None,
     worker: opt.Worker = opt.WORKER,
     store: opt.Store = opt.STORE,
+    replication: opt.Replication = 1,
     tenant: opt.Tenant = opt.TENANT,
     model: opt.Model = None,
 ) -> None:
     """Remove a prefix's blocks from the store. Prompts that begin alike share blocks and will be computed again."""
-    with _failing():
+    with failing():
         chain = named_chain(
             prompt_file=prompt_file,
             question=question,
@@ -290,8 +307,13 @@ def remove(
             tenant=tenant,
             model=model,
         )
-        deleted = asyncio.run(_delete(store, chain))
-    print(f"{deleted} of {len(chain.keys)} blocks were in the store and are removed")
+        deleted = asyncio.run(_delete(Nodes(store, replication), chain))
+    if len(store) == 1:
+        print(f"{deleted} of {len(chain.keys)} blocks were in the store and are removed")
+    else:
+        print(
+            f"{deleted} records of {len(chain.keys)} blocks, copies counted, were on {len(store)} nodes and are removed"
+        )
 
 
 @prefix.command()
@@ -301,54 +323,38 @@ def keygen(
     ],
 ) -> None:
     """Make a key pair to sign bundles with."""
-    with _failing():
+    with failing():
         public_key = write_key_pair(output)
     print(f"{output}: the private key, readable by you alone; {output}.pub: its line for trust files")
     print(f"who imports your bundles adds this line to {default_trust_file()}:")
     print(f"ed25519 {public_key.hex()} {output.name}")
 
 
-@contextmanager
-def _failing() -> Iterator[None]:
-    try:
-        yield
-    except (KVStoreError, ClientError, OSError, ValueError) as error:
-        fail(str(error))
-
-
-def _client(address: str) -> StoreClient:
-    """Patient: a command has no request waiting behind it."""
-    config = ClientConfig(
-        address=address, lookup_timeout_s=10.0, get_timeout_s=300.0, put_timeout_s=60.0, progress_timeout_s=10.0
-    )
-    return StoreClient(config)
-
-
-async def _wait(store: str, chain: Chain) -> int:
-    async with _client(store) as client:
+async def _wait(nodes: Nodes, chain: Chain) -> int:
+    async with nodes.open() as client:
         return await wait_until_stored(client, chain, timeout_s=PUBLISH_TIMEOUT_S)
 
 
-async def _export(store: str, writer: BundleWriter, chain: Chain) -> None:
-    async with _client(store) as client:
+async def _export(nodes: Nodes, writer: BundleWriter, chain: Chain) -> None:
+    async with nodes.open() as client:
         with block_progress("export", len(chain.keys)) as progress:
             await export_chain(client, writer, chain, progress)
 
 
-async def _import(store: str, bundle: BundleReader, target: Chain) -> Transferred:
-    async with _client(store) as client:
+async def _import(nodes: Nodes, bundle: BundleReader, target: Chain) -> Transferred:
+    async with nodes.open() as client:
         with block_progress("import", len(target.keys)) as progress:
             return await import_bundle(bundle, client, progress, target=target)
 
 
-async def _copy(source: str, target: str, chain: Chain, what: str) -> Transferred:
-    async with _client(source) as from_node, _client(target) as to_node:
+async def _copy(source: Nodes, target: Nodes, chain: Chain, what: str) -> Transferred:
+    async with source.open() as from_node, target.open() as to_node:
         with block_progress(what, len(chain.keys)) as progress:
             return await copy_chain(from_node, to_node, chain, progress)
 
 
-async def _delete(store: str, chain: Chain) -> int:
-    async with _client(store) as client:
+async def _delete(nodes: Nodes, chain: Chain) -> int:
+    async with nodes.open() as client:
         return await client.delete(chain.keys)
 
 

@@ -9,7 +9,7 @@ import typer
 
 GATEWAY = "127.0.0.1:7600"
 WORKER = "127.0.0.1:7610"
-STORE = "127.0.0.1:7700"
+STORE = ["127.0.0.1:7700"]
 TENANT = "default"
 
 BundlePath = Annotated[Path, typer.Argument(metavar="FILE", help="A bundle.")]
@@ -25,7 +25,11 @@ Model = Annotated[
 ]
 Gateway = Annotated[str, typer.Option("--address", help="host:port of the gateway.")]
 Worker = Annotated[str, typer.Option(help="host:port of a prefill worker of the deployment: tells its identity.")]
-Store = Annotated[str, typer.Option(help="host:port of the deployment's KV store node.")]
+Store = Annotated[
+    list[str],
+    typer.Option("--store", help="host:port of the deployment's KV store node; repeat it to name several nodes."),
+]
+Replication = Annotated[int, typer.Option(min=1, help="The deployment's store.replication, with several nodes.")]
 Tenant = Annotated[str, typer.Option(help="The deployment's gateway.tenant.")]
 TrustFile = Annotated[
     Path | None,

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from kvferry.deploy.cli import app
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.store_settings import disk_options
+from kvferry.kvstore.ring_config import RingConfig
 
 KVFERRY = Path(sys.executable).with_name("kvferry")
 
@@ -155,6 +156,17 @@ BAD = [
     ("store: {memory: off}", "store"),
     ("store: {memory: off, write: back, disk: {path: /x, bytes: 1GiB}}", "store"),
     ("store: {write: around}", "store.write"),
+    ("store: {count: 0}", "store.count"),
+    ("store: {count: 65}", "store.count"),
+    ("store: {count: 3, port: 65534}", "store"),
+    ("store: {replication: 0}", "store.replication"),
+    ("store: {replication: 2}", "store"),
+    ("store: {count: 2, replication: 3}", "store"),
+    ("store: {nodes: ['a:1'], replication: 2}", "store"),
+    ("store: {nodes: ['a']}", "store"),
+    ("store: {nodes: ['a:1', 'a:1']}", "store"),
+    ("store: {nodes: ['a:1'], count: 2}", "store"),
+    ("store: {nodes: ['a:1'], disk: {path: /x, bytes: 1GiB}}", "store"),
     ("store: {disk: {path: /x}}", "store.disk.bytes"),
     ("store: {disk: {path: /x, bytes: 0}}", "store.disk.bytes"),
     ("store: {disk: /x}", "store.disk"),
@@ -205,6 +217,17 @@ def test_a_redis_password_is_taken_from_a_variable_or_a_file_and_never_told(
     config = Settings.load(path).store.store_config()
     assert config.redis is not None
     assert (config.redis.password, config.memory_bytes) == ("from-file", None)
+
+
+def test_several_store_nodes(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Settings.load(write("a.yaml", "store: {count: 2, replication: 2, disk: {path: /d, bytes: 1GiB}}")).store
+    folders = [store.store_config(index).disk for index in range(2)]
+    assert [disk and str(disk.folder) for disk in folders] == ["/d/node-0", "/d/node-1"]
+    assert store.ring_config(["a:1", "b:1"]) == RingConfig(nodes=("a:1", "b:1"), replication=2)
+    monkeypatch.setenv("KVFERRY_STORE__NODES", '["10.0.0.1:7700", "10.0.0.2:7700"]')
+    assert Settings.load().store.nodes == ["10.0.0.1:7700", "10.0.0.2:7700"]
+    with pytest.raises(ValidationError, match="remove memory"):
+        Settings.load(store={"memory": "1GiB"})
 
 
 def test_the_disk_tier_from_the_command_line(tmp_path: Any) -> None:

@@ -1,4 +1,4 @@
-"""A request's blocks are freed when it ends, not when Python next looks for cycles: a long prompt's are hundreds of MB."""
+"""A request's blocks are freed when it ends, not when Python next looks for cycles: they may be hundreds of MB."""
 
 from __future__ import annotations
 

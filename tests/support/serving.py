@@ -26,7 +26,7 @@ async def serve(model: str, store_address: str) -> None:
     spec = resolve_spec(PRESET, block_size=BLOCK_SIZE)
     runtime = ModelRuntime(ModelConfig(model=model, served_name="tiny", spec=spec, dtype="float32"))
     prefill = WorkerServer(runtime, config=PrefillConfig(fetch="always"), store_address=store_address)
-    decode = WorkerServer(runtime, config=DecodeConfig(pool_bytes=32 * 2**20), store_address=store_address)
+    decode = WorkerServer(runtime, config=DecodeConfig(kv_memory=32 * 2**20), store_address=store_address)
     prefill_address, decode_address = await prefill.start(), await decode.start()
     settings = Settings(model=model, served_model_name="tiny", gateway=GatewaySettings(port=0))
     gateway = await make_gateway(settings, prefill=[prefill_address], decode=[decode_address])
