@@ -238,15 +238,44 @@ def bench_kernels_command(
         list[str] | None, typer.Option(help="With --static: compile for this, e.g. sm_90; may be repeated.")
     ] = None,
 ) -> None:
-    """The CPU kernels against torch's attention on unquantized K and V, on this machine, in one run."""
+    """The kernels against torch's attention on unquantized K and V, on this machine, in one run: Triton's on a GPU."""
     if static and plot_path is not None:
         fail("--plot draws measured times: leave --static out")
-    report = _static_kernels(target or list(STATIC_TARGETS)) if static else _measured_kernels(rounds, plot_path, preset)
+    if static:
+        report = _static_kernels(target or list(STATIC_TARGETS))
+    else:
+        report = _gpu_kernels(rounds, preset) or _measured_kernels(rounds, plot_path, preset)
     if json_path is not None:
         try:
             json_path.write_text(json.dumps(report, indent=2) + "\n")
         except OSError as error:
             fail(str(error))
+
+
+def _gpu_kernels(rounds: int, preset: str | None) -> dict[str, Any] | None:
+    """None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    from kvferry.deploy.bench_kernels import PLAIN
+    from kvferry.deploy.bench_kernels_gpu import CudaTimer, bench_gpu_kernels, print_gpu_times
+    from kvferry.kernels.dispatch import select_kernels
+
+    device = torch.device("cuda")
+    try:
+        results = bench_gpu_kernels(
+            select_kernels(device, head_dim=128, impl="triton").kernels,
+            device,
+            CudaTimer(),
+            rounds=rounds,
+            spec=PLAIN if preset is None else resolve_spec(preset),
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        fail(str(error))
+    print_gpu_times(results)
+    return asdict(results)
 
 
 def _measured_kernels(rounds: int, plot_path: Path | None, preset: str | None) -> dict[str, Any]:
