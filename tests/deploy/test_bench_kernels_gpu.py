@@ -35,6 +35,7 @@ def test_on_the_cpu_kernels(preset: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu() -> None:
     from kvferry.kernels.triton_kernels import TritonKernels
 
