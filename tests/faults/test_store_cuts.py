@@ -20,6 +20,7 @@ from support.store_requests import (
     NUM_BLOCKS,
     PHASES,
     Requests,
+    answered,
     bytes_by_phase,
     places,
     store_client,
@@ -66,7 +67,7 @@ async def test_node_killed_after_any_byte(
             await requests.ask()
             return
         async with store_client(node.address) as direct:
-            await direct.delete_all()
+            await answered(direct.delete_all)
 
     sizes = await bytes_by_phase(relay, requests, prepare)
     killed = survived = 0

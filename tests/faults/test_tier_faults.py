@@ -26,6 +26,7 @@ from support.store_requests import (
     NUM_BLOCKS,
     PHASES,
     Requests,
+    answered,
     bytes_by_phase,
     places,
     store_client,
@@ -38,7 +39,7 @@ MEMORY = ("--memory", "25kB")  # two records
 
 async def stats_of(node: NodeProcess) -> NodeStats:
     async with store_client(node.address) as direct:
-        return await direct.stats()
+        return await answered(direct.stats)
 
 
 async def until_available(node: NodeProcess) -> None:
@@ -54,8 +55,8 @@ async def prepare(node: NodeProcess, requests: Requests, is_warm: bool) -> None:
     await requests.until_the_store_is_used()
     async with asyncio.timeout(LIMIT_S), store_client(node.address) as direct:
         if not is_warm:
-            await direct.delete(requests.keys)
-        while is_warm and (await direct.lookup(requests.keys)).num_contiguous < NUM_BLOCKS:
+            await answered(lambda: direct.delete(requests.keys))
+        while is_warm and (await answered(lambda: direct.lookup(requests.keys))).num_contiguous < NUM_BLOCKS:
             await requests.ask()
             await until_available(node)
             await requests.until_the_store_is_used()

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from kvferry.deploy.worker_server import ModelRuntime
 from kvferry.kvstore.breaker import BreakerState
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import ClientConfig
+from kvferry.kvstore.errors import StoreUnavailable
 from kvferry.kvstore.identity import namespace_of
 from kvferry.kvstore.key import block_keys
 from support.decode_calls import Inside
 from support.fault_relay import Direction, FaultRelay
 
+T = TypeVar("T")
 IS_DEEP = "KVFERRY_DEEP" in os.environ
 BLOCK_SIZE = 32
 NUM_BLOCKS = 12
@@ -28,8 +31,22 @@ PHASES: tuple[tuple[bool, Direction], ...] = ((False, "up"), (True, "down"), (Tr
 what a look-up and a get ask, what a put is answered."""
 
 
-def store_client(address: str) -> StoreClient:
-    return StoreClient(ClientConfig(address=address, lookup_timeout_s=5.0))
+@asynccontextmanager
+async def store_client(address: str) -> AsyncIterator[StoreClient]:
+    """A client of a node that answers: on a busy machine the first connection may take more than gRPC gives it."""
+    async with StoreClient(ClientConfig(address=address, lookup_timeout_s=5.0)) as client:
+        await answered(client.stats)
+        yield client
+
+
+async def answered(call: Callable[[], Awaitable[T]]) -> T:
+    """What the call gives once the store, and every tier that it needs, answers."""
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            try:
+                return await call()
+            except StoreUnavailable:
+                await asyncio.sleep(0.1)
 
 
 class Requests:
