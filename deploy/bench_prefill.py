@@ -34,6 +34,11 @@ class PrefillCase:
     ratio: float
     """Speed of kvferry over speed of transformers: the median of the ratios of rounds. Above 1: kvferry is faster."""
     rounds: int
+    threads: int
+    kvferry_cpu_s: float
+    transformers_cpu_s: float
+    cpu_ratio: float
+    """As `ratio`, of processor time: with one thread it does not count what other processes take of a busy machine."""
 
 
 def bench_prefill(
@@ -63,16 +68,18 @@ def bench_prefill(
             for _, run in contenders:
                 run(token_ids[:WARM_UP_TOKENS])  # first calls allocate
             seconds: dict[str, list[float]] = {name: [] for name, _ in contenders}
+            cpu_seconds: dict[str, list[float]] = {name: [] for name, _ in contenders}
             for number in range(rounds):
                 for name, run in contenders:
-                    started = time.perf_counter()
+                    started, cpu_started = time.perf_counter(), time.process_time()
                     run(token_ids)
                     seconds[name].append(time.perf_counter() - started)
+                    cpu_seconds[name].append(time.process_time() - cpu_started)
                 progress(
                     f"{length} tokens, round {number + 1} of {rounds}: "
                     + ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
                 )
-            ours = seconds.pop("kvferry")
+            ours, our_cpu = seconds.pop("kvferry"), cpu_seconds.pop("kvferry")
             cases += [
                 PrefillCase(
                     tokens=length,
@@ -80,8 +87,12 @@ def bench_prefill(
                     kvferry_dtype=_short(own_dtype),
                     transformers_s=statistics.median(theirs),
                     transformers_dtype=name,
-                    ratio=statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
+                    ratio=_ratio(ours, theirs),
                     rounds=rounds,
+                    threads=torch.get_num_threads(),
+                    kvferry_cpu_s=statistics.median(our_cpu),
+                    transformers_cpu_s=statistics.median(cpu_seconds[name]),
+                    cpu_ratio=_ratio(our_cpu, cpu_seconds[name]),
                 )
                 for name, theirs in seconds.items()
             ]
@@ -90,9 +101,13 @@ def bench_prefill(
         runtime.close()
 
 
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+
+
 def print_prefill_cases(cases: list[PrefillCase]) -> None:
     table = Table(title="prefill of one prompt, medians; the ratio is speed over transformers' with SDPA")
-    for column in ("tokens", "kvferry", "", "transformers", "", "ratio"):
+    for column in ("tokens", "kvferry", "", "transformers", "", "ratio", "of CPU time"):
         table.add_column(column, justify="right")
     for case in cases:
         table.add_row(
@@ -102,6 +117,7 @@ def print_prefill_cases(cases: list[PrefillCase]) -> None:
             f"{case.transformers_s:.2f} s",
             case.transformers_dtype,
             f"{case.ratio:.2f}x",
+            f"{case.cpu_ratio:.2f}x",
         )
     Console(width=100).print(table)
 

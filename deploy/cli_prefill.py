@@ -22,12 +22,17 @@ def bench_prefill_command(
     rounds: Annotated[int, typer.Option(min=1, help="Prompts of each contender.")] = 3,
     dtype: Annotated[str, typer.Option(help="kvferry's: auto, float32 or bfloat16.")] = "auto",
     preset: Annotated[str, typer.Option(help="kv2, kv3, kv4, kv16 or a .json file of a spec.")] = "kv2",
+    threads: Annotated[int, typer.Option(min=0, help="0: one a core. 1 is steady on a busy machine.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
 ) -> None:
     """Prefill of one prompt against plain transformers in fp32 and bf16 (SDPA), on this machine, in one run."""
+    import torch
+
     from kvferry.deploy.bench_prefill import bench_prefill, print_prefill_cases
     from kvferry.deploy.worker_server import ModelConfig
 
+    if threads:
+        torch.set_num_threads(threads)
     try:
         cases = bench_prefill(
             ModelConfig(model=model, dtype=dtype, spec=resolve_spec(preset)),
