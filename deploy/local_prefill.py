@@ -46,6 +46,9 @@ class _Context:
             event = worker_pb2.PrefillEvent(block_ready=worker_pb2.BlockReady(index=event.block_ready.index))
         await self.events.put(event)
 
+    async def send_initial_metadata(self, metadata: object) -> None:
+        """There is none here."""
+
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
         raise _Aborted(code, details)
 
