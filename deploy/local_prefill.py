@@ -51,6 +51,9 @@ class _Context:
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
         raise _Aborted(code, details, trailing_metadata)
 
+    async def send_initial_metadata(self, metadata: object) -> None:
+        """There is none here."""
+
 
 class LocalPrefillStream:
     """`PrefillStream` to a servicer in this process and on this event loop."""

@@ -157,6 +157,9 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             num_answers=start.sampling.n or 1,
             pieces_of=start.pieces.blocks if start.HasField("pieces") else None,
         )
+        # Else they go with the first message, and when that one's task is cancelled, gRPC sends them again with the
+        # status, fails (TOO_MANY_OPERATIONS), and the caller waits for its deadline (grpcio 1.85).
+        await context.send_initial_metadata(())
         write_lock = asyncio.Lock()
         compute = asyncio.create_task(session.run())
         self._admit(compute, _held(start))
