@@ -21,6 +21,7 @@ from kvferry.deploy.bench_serve.arrivals import arrival_times
 from kvferry.deploy.bench_serve.metrics import Slo, summarize
 from kvferry.deploy.bench_serve.mixed import Mix, mixed_requests
 from kvferry.deploy.bench_serve.plots import draw_plots
+from kvferry.deploy.bench_serve.pool_usage import PoolUsage, watch_pools
 from kvferry.deploy.bench_serve.preflight import check_vocabulary, check_window, find_model
 from kvferry.deploy.bench_serve.report import as_json, details, print_summary, write_json
 from kvferry.deploy.bench_serve.run import Run, run
@@ -69,6 +70,8 @@ class ServeBench:
     slo: Slo = field(default_factory=Slo)
     timeout_s: float = 600.0
     vocab_size: int = DEFAULT_VOCAB_SIZE
+    workers: tuple[str, ...] = ()
+    """Decode workers whose pools are watched, host:port."""
 
     def __post_init__(self) -> None:
         if self.workload not in WORKLOADS:
@@ -125,30 +128,41 @@ async def bench_serve(
     async with grpc.aio.insecure_channel(bench.address, options=channel_options()) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         await _warm_up(stub, bench, tokens)
-        with _progress(len(workload.requests)) as on_done, _no_collections():
-            result = await run(
-                stub,
-                workload.requests,
-                due_s,
-                model=model.id,
-                timeout_s=bench.timeout_s,
-                max_concurrency=bench.max_concurrency,
-                on_done=on_done,
-            )
+        async with watch_pools(bench.workers) as pools:
+            with _progress(len(workload.requests)) as on_done, _no_collections():
+                result = await run(
+                    stub,
+                    workload.requests,
+                    due_s,
+                    model=model.id,
+                    timeout_s=bench.timeout_s,
+                    max_concurrency=bench.max_concurrency,
+                    on_done=on_done,
+                )
     load_after = os.getloadavg()[0]
     summary = summarize(result.requests, duration_s=result.duration_s, slo=bench.slo)
     print_summary(summary, title=f"{model.id}: {bench.title}", client_load=result.cpu_s / result.duration_s)
     if workload.num_skipped:
         print(f"{workload.num_skipped} requests of the trace do not fit the model and were left out")
+    for pool in pools:
+        print_pool_usage(pool)
     print(f"load average {load_before:.1f} before, {load_after:.1f} after, on {os.cpu_count()} cores")
     if json_path is not None:
         content = _about(bench, model.id, result, load=(load_before, load_after), num_skipped=workload.num_skipped)
-        content |= as_json(summary)
+        content |= as_json(summary) | {"pools": [pool.summary for pool in pools]}
         write_json(json_path, content | ({"requests": details(result.requests)} if with_details else {}))
     if plots is not None:
         for path in draw_plots(plots, result.requests, slo=bench.slo, title=f"{model.id}: {bench.title}"):
             print(f"drew {path}")
     return summary.completed > 0
+
+
+def print_pool_usage(pool: PoolUsage) -> None:
+    if pool.shares:
+        mean, most = sum(pool.shares) / len(pool.shares), max(pool.shares)
+        print(f"block pool of {pool.worker}: {mean:.0%} held on average, {most:.0%} at most; {pool.num_swaps} swaps")
+    else:
+        print(f"block pool of {pool.worker}: the worker answered no poll")
 
 
 def make_workload(bench: ServeBench, tokens: TokenSource, *, window: int) -> Workload:

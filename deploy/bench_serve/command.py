@@ -54,6 +54,9 @@ def bench_serve_command(
     ] = None,
     timeout: Annotated[float, typer.Option(min=0.001, help="Deadline of a request, seconds.")] = 600.0,
     vocab_size: Annotated[int, typer.Option(min=2, help="Prompts are made of token ids below this.")] = 10_000,
+    worker: Annotated[
+        list[str] | None, typer.Option(help="host:port of a decode worker whose block pool to watch. May be repeated.")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
     details: Annotated[bool, typer.Option("--details", help="With --json: every request, too.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Also draw PNG plots into this folder; needs matplotlib.")] = None,
@@ -101,6 +104,7 @@ def bench_serve_command(
             slo=parse_slo(goodput or []),
             timeout_s=timeout,
             vocab_size=vocab_size,
+            workers=tuple(worker or ()),
         )
         completed = asyncio.run(bench_serve(bench, json_path=json_path, with_details=details, plots=plots))
     except (OSError, ValueError, ClientError) as error:

@@ -142,6 +142,19 @@ async def test_mixed_ends_as_meant(address: str, tmp_path: Path) -> None:
     assert (result["completed"], result["failed"], result["unexpected"]) == (18, 12, 0)
 
 
+async def test_a_worker_without_a_pool_is_refused(address: str) -> None:
+    for worker, sentence in ((address, "does not answer (UNIMPLEMENTED)"), ("127.0.0.1:9", "does not answer")):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "kvferry.deploy.cli", "bench", "serve", "--address", address),
+            *("--worker", worker, "--num-prompts", "1"),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, err = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 1
+        assert sentence in err.decode()
+
+
 async def test_what_the_gateway_refuses_is_said_before_the_run(address: str) -> None:
     for arguments, sentence in (
         (("--input-len", str(WINDOW)), "2,048"),

@@ -22,6 +22,8 @@ from kvferry.kvstore.server import KVStoreServer
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 
 BLOCK_BYTES = 3 * 2 * 24 * 64
+NUM_BLOCKS = 40
+"""So few that requests are swapped out."""
 LOAD = (
     *("--workload", "mixed", "--num-prompts", "200", "--request-rate", "25", "--seed", "3"),
     *("--input-len", "80", "--long-input-len", "600", "--output-len", "60", "--range-ratio", "0.3"),
@@ -29,16 +31,13 @@ LOAD = (
 )
 
 
-@pytest.mark.parametrize("blocks", [600, 40], ids=["room for all", "swaps"])
-async def test_nothing_is_left(
-    runtime: Callable[[str], ModelRuntime], serve_workers: Any, tmp_path: Path, blocks: int
-) -> None:
+async def test_nothing_is_left(runtime: Callable[[str], ModelRuntime], serve_workers: Any, tmp_path: Path) -> None:
     backend = MemoryBackend(capacity_bytes=2**24)  # too small for all of it: eviction runs, too
     store = KVStoreServer(backend, NodeConfig())
     await store.start()
     worker = runtime("llama")
     workers = await serve_workers(
-        worker, store.address, DecodeConfig(kv_memory=blocks * BLOCK_BYTES, max_num_seqs=12, max_waiting=200)
+        worker, store.address, DecodeConfig(kv_memory=NUM_BLOCKS * BLOCK_BYTES, max_num_seqs=12, max_waiting=200)
     )
     settings = Settings(
         model=worker.loaded.source.path,
@@ -50,12 +49,14 @@ async def test_nothing_is_left(
     await gateway.wait_until_serving(30)
     tasks_before = {task.get_coro() for task in asyncio.all_tasks()}
     try:
-        result = await _load(f"127.0.0.1:{port}", tmp_path / "load.json")
+        result = await _load(f"127.0.0.1:{port}", tmp_path / "load.json", workers.decode_address)
+        [pool] = result["pools"]
+        assert 0 < pool["mean_pool_usage"] < pool["max_pool_usage"] <= 1
+        assert pool["num_swaps"] <= Inside.of(workers).admission.num_swaps  # as of the last poll
         assert result["unexpected"] == 0, result["outcomes"]
         assert {o["status"] for o in result["outcomes"]} >= {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT"}
         inside = Inside.of(workers)
-        if blocks == 40:
-            assert inside.admission.num_swaps > 0
+        assert inside.admission.num_swaps > 0
         await inside.assert_all_free()
         async with asyncio.timeout(20):
             while (stats := await _stats(workers)).prefill.num_requests or stats.decode.num_requests:
@@ -73,10 +74,10 @@ async def test_nothing_is_left(
         await store.stop(0)
 
 
-async def _load(address: str, path: Path) -> dict[str, Any]:
+async def _load(address: str, path: Path, worker: str) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "kvferry.deploy.cli", "bench", "serve", "--address", address),
-        *("--json", str(path), *LOAD),
+        *("--worker", worker, "--json", str(path), *LOAD),
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )
