@@ -30,7 +30,11 @@ async def answers(workers: Any, prompt: list[int], n: int, **sampling: Any) -> l
     return tokens
 
 
-@pytest.mark.parametrize("length", [10, 2 * BLOCK_SIZE, 5 * BLOCK_SIZE + 7], ids=["no block", "no tail", "both"])
+@pytest.mark.parametrize(
+    ("family", "length"),
+    [("llama", 10), ("llama", 2 * BLOCK_SIZE), ("llama", 5 * BLOCK_SIZE + 7), ("gemma3_text", 5 * BLOCK_SIZE + 7)],
+    ids=["no block", "no tail", "both", "rings"],
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -39,7 +43,6 @@ async def answers(workers: Any, prompt: list[int], n: int, **sampling: Any) -> l
     ],
     ids=["plain", "some end early"],
 )
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 async def test_each_is_that_of_a_request_of_its_own(
     runtime: Callable[..., ModelRuntime],
     serve_workers: Any,
