@@ -86,7 +86,7 @@ class Peer:
 
     async def add(self, name: str, *, role: str, host: str, store: str | None) -> None:
         """Starts a worker of the role "prefill", "decode" or "both"."""
-        prefill = PrefillConfig(host=host, fetch_timeout_s=FETCH_TIMEOUT_S, lookup_timeout_s=2.0)
+        prefill = PrefillConfig(host=host, fetch="always", fetch_timeout_s=FETCH_TIMEOUT_S, lookup_timeout_s=2.0)
         decode = DecodeConfig(
             host=host,
             kv_memory=KV_MEMORY,

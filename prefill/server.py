@@ -239,6 +239,7 @@ async def _answer_commands(session: PrefillSession, context: Context, lock: asyn
     """Sends the blocks that the caller asks for, until it half-closes."""
     while (command := await _read(context)) is not None:
         for index in command.send_blocks.indices:
+            await session.until_complete(index)
             record = memoryview(session.record(index))
             async with lock:
                 for offset in range(0, len(record), FRAME_BYTES):

@@ -120,11 +120,21 @@ class PrefillSession:
         self._blocks = engine.new_blocks(len(token_ids))
         self._usage = PrefillUsage()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._progress = asyncio.Event()
         self._unannounced: set[int] = set()
         self.pieces = None if pieces_of is None or warm else PieceQueue(self._blocks, pieces_of, self._digest_of)
         """What goes to the caller while it is computed."""
         self.handed_over = False
         """Everything is computed; only publishing may be left."""
+
+    async def until_complete(self, index: int) -> None:
+        """Waits until block `index` is: who got a damaged piece may ask for the block before it is packed in all
+        layers. Raises ValueError for a block that the prompt does not have."""
+        if not 0 <= index < self._blocks.num_blocks:
+            raise ValueError(f"the prompt has no block {index}")
+        while index >= self._blocks.num_ready:
+            self._progress.clear()
+            await self._progress.wait()
 
     def close(self) -> None:
         """The caller takes nothing more; publishing may go on."""
@@ -200,6 +210,7 @@ class PrefillSession:
         finished_blocks: asyncio.Queue[int | None] = asyncio.Queue()
 
         def finish_block(index: int) -> None:
+            self._progress.set()
             if self.pieces is not None and self.pieces.covers(index):
                 self.pieces.block_packed(index)
             else:
@@ -208,6 +219,7 @@ class PrefillSession:
 
         def finish(tokens: list[SampledToken]) -> None:
             done.set_result(tokens)
+            self._progress.set()
             finished_blocks.put_nowait(None)
 
         def fail(error: Exception) -> None:

@@ -24,10 +24,16 @@ LIMIT_S = 60.0
 class Cluster:
     """A gateway, two decode workers of which the first is reached through a relay, and their prefill worker."""
 
-    def __init__(self, stack: AsyncExitStack, one: Any, other: Any, settings: Settings) -> None:
-        self._stack, self._one, self._other, self._settings = stack, one, other, settings
+    def __init__(self, one: Any, other: Any, settings: Settings) -> None:
+        self._one, self._other, self._settings = one, other, settings
+        self._stack = AsyncExitStack()
+
+    async def close(self) -> None:
+        await self._stack.aclose()
 
     async def gateway(self) -> tuple[GatewayServer, AsyncClient, Relay]:
+        """A new one; the one before is closed."""
+        await self.close()
         relay = Relay()
         await relay.start(self._one.decode_address)
         self._stack.push_async_callback(relay.stop)
@@ -49,11 +55,11 @@ async def cluster(runtime: Callable[..., ModelRuntime], serve_workers: Any) -> A
     worker = runtime("llama")
     one, other = await serve_workers(worker), await serve_workers(worker)
     settings = Settings.load(model=worker.loaded.source.path, gateway={"port": 0})
-    async with AsyncExitStack() as stack:
-        cluster = Cluster(stack, one, other, settings)
-        yield cluster
-        for workers in (one, other):
-            await Inside.of(workers).assert_all_free()
+    cluster = Cluster(one, other, settings)
+    yield cluster
+    await cluster.close()
+    for workers in (one, other):
+        await Inside.of(workers).assert_all_free()
 
 
 async def collect(client: AsyncClient, at: int, then: Callable[[], None], **options: Any) -> list[Chunk]:

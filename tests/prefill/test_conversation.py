@@ -153,7 +153,7 @@ async def test_a_block_that_does_not_exist(
             break
     await stream.write(worker_pb2.PrefillCommand(send_blocks=worker_pb2.SendBlocks(indices=[1, index])))
     error = await failure(drain(stream))
-    assert (error.code(), error.details()) == (Status.INTERNAL, f"prefill failed: block {index} is not complete")
+    assert (error.code(), error.details()) == (Status.INTERNAL, f"prefill failed: the prompt has no block {index}")
 
     stream = prefill.Prefill(timeout=30)
     await stream.write(command)
