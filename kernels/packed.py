@@ -47,7 +47,7 @@ class DecodeBatch:
     slots: Tensor
     """int32 [B]: row of `sinks` and `tails`"""
     tail_lens: Tensor
-    """int32 [B], at least 1"""
+    """int32 [B], at least 1; in a share of a context (`share_attention`) also 0"""
 
 
 class PackedKernels(Protocol):
@@ -85,6 +85,28 @@ class PackedKernels(Protocol):
 
         `window`: how many tokens a query sees, its own included (None: all before it; sinks outside the window are
         not seen either). `softcap`: scaled scores s become softcap * tanh(s / softcap).
+        """
+        ...
+
+    def share_attention(
+        self, query: Tensor, share: DecodeBatch, *, layer: int, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """`decode_attention` over a share of each context, for `merge_shares`.
+
+        query: [B, Hq, D] -> fp32 [B, Hq, D + 1]: the output over the share alone, then the base-2 logarithm of the sum
+        of its scores' exponentials. An empty share has zeros and -inf.
+
+        Of a context that is cut into shares, one has the sequence's first block, the sinks and the tail. The others
+        have whole blocks only: their `sinks` are of 0 tokens and their `tail_lens` 0. There is no window, for positions
+        in a share are not those in the sequence.
+        """
+        ...
+
+    def merge_shares(self, shares: Tensor) -> Tensor:
+        """The attention of which `share_attention` gave the R shares: fp32 [R, B, Hq, D + 1] -> fp32 [B, Hq, D].
+
+        In the order of shares, and a row depends on its own shares alone. An empty share changes no bit; a row of
+        which all are empty is 0.
         """
         ...
 

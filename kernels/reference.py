@@ -6,6 +6,7 @@ fp32 inside.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ FIT_SHRINK = {2: 0.8, 4: 1.0, 6: 1.0, 8: 1.0}
 """First guess of the scale, as a share of (max - min) / (2^bits - 1). At 2 bits, shrinking first and then fitting twice
 leaves 0.0933 of a unit normal's variance at 32 values a group; min/max alone leaves 0.154, the converged fit 0.0915."""
 FIT_STEPS = 2
+LOG2E = math.log2(math.e)
+LOWEST = -1e30
+"""Below every score, and finite: a difference of two is not NaN."""
 LIMIT = 16384.0
 """K and V are clamped to this magnitude before the fit, so that S and Z cannot overflow fp16."""
 
@@ -180,11 +184,20 @@ class ScoreRule(NamedTuple):
         return seen if self.window is None else seen & (distance < self.window)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:
+class Part(NamedTuple):
+    """Attention over a part of a context."""
+
+    out: Tensor
+    """fp32 [H, G, n, D]"""
+    lse: Tensor
+    """log-sum-exp [H, G, n]; -inf where a query sees nothing of the part."""
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, rule: ScoreRule) -> Part:
     """Softmax attention over one part of a context.
 
     query fp32 [H, G, n, D] (G query heads share a KV head), keys, values fp32 [H, T, D],
-    allowed bool broadcastable to [n, T]. Returns out [H, G, n, D] and log-sum-exp [H, G, n] (-inf: nothing allowed).
+    allowed bool broadcastable to [n, T].
     """
     scores = torch.einsum("hgnd,htd->hgnt", query, keys) * rule.scale
     if rule.softcap is not None:
@@ -192,19 +205,19 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, rule: S
     scores = scores.masked_fill(~allowed, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     probs = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num(0.0)
-    return torch.einsum("hgnt,htd->hgnd", probs, values), lse
+    return Part(torch.einsum("hgnt,htd->hgnd", probs, values), lse)
 
 
-def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Merges (out, log-sum-exp) of disjoint parts of one context, of which a query sees at least one."""
-    lse = torch.stack([part[1] for part in parts])
-    weights = torch.exp(lse - torch.logsumexp(lse, dim=0))
-    return (torch.stack([part[0] for part in parts]) * weights.unsqueeze(-1)).sum(0)
+def merge(parts: list[Part]) -> Tensor:
+    """Merges disjoint parts of one context: [H, G, n, D], 0 where a query sees nothing of any."""
+    lse = torch.stack([part.lse for part in parts])
+    weights = torch.exp(lse - torch.logsumexp(lse, dim=0).clamp_min(LOWEST))
+    return (torch.stack([part.out for part in parts]) * weights.unsqueeze(-1)).sum(0)
 
 
 def _packed_parts(
     query: Tensor, positions: Tensor, blocks: Tensor, page: PageFormat, sinks: Tensor, rule: ScoreRule
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[Part]:
     """Attention over the sinks and the packed blocks [n, H, P, page_bytes] of a context that begins at position 0."""
     keys, values = dequantize_pages(blocks.transpose(0, 1).flatten(1, 2), page)
     sink_tokens = sinks.shape[-2]
@@ -214,6 +227,22 @@ def _packed_parts(
     parts = [attend(query, keys, values, packed, rule)]
     if sink_tokens:
         parts.append(attend(query, sinks[:, 0].float(), sinks[:, 1].float(), visible[:, :sink_tokens], rule))
+    return parts
+
+
+def _decode_parts(query: Tensor, batch: DecodeBatch, b: int, layer: int, rule: ScoreRule) -> list[Part]:
+    """Attention of row b's query [Hq, D], n = 1, over its tail, its packed blocks and its sinks."""
+    slot, n, tail_len = int(batch.slots[b]), int(batch.num_blocks[b]), int(batch.tail_lens[b])
+    tail = batch.tails[slot, layer, :, :, :tail_len].float()
+    q = query.float().view(tail.shape[1], -1, 1, query.shape[-1])  # [H, G, 1, D]
+    first = n * batch.tails.shape[-2]
+    tail_positions = first + torch.arange(tail_len, device=query.device)
+    position = torch.tensor([first + tail_len - 1], device=query.device)
+    parts = [attend(q, tail[0], tail[1], rule.visible(position, tail_positions), rule)]
+    if n:
+        blocks = batch.layout.layer_pages(batch.pool[batch.block_tables[b, :n].long()], layer)
+        page = batch.layout.layers[layer].page
+        parts += _packed_parts(q, position, blocks, page, batch.sinks[slot, layer], rule)
     return parts
 
 
@@ -236,22 +265,30 @@ class ReferenceKernels:
         softcap: float | None = None,
     ) -> Tensor:
         rule = ScoreRule(scale, window, softcap)
-        block_size = batch.tails.shape[-2]
+        rows = [merge(_decode_parts(query[b], batch, b, layer, rule)) for b in range(query.shape[0])]
+        return torch.stack([row.reshape(query.shape[1:]) for row in rows]).to(query.dtype)
+
+    def share_attention(
+        self, query: Tensor, share: DecodeBatch, *, layer: int, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        rule = ScoreRule(scale, None, softcap)
         rows = []
         for b in range(query.shape[0]):
-            slot, n, tail_len = int(batch.slots[b]), int(batch.num_blocks[b]), int(batch.tail_lens[b])
-            tail = batch.tails[slot, layer, :, :, :tail_len].float()
-            kv_heads = tail.shape[1]
-            q = query[b].float().view(kv_heads, -1, 1, query.shape[-1])  # [H, G, 1, D]
-            tail_positions = n * block_size + torch.arange(tail_len, device=query.device)
-            position = tail_positions[-1:]
-            parts = [attend(q, tail[0], tail[1], rule.visible(position, tail_positions), rule)]
-            if n:
-                blocks = batch.layout.layer_pages(batch.pool[batch.block_tables[b, :n].long()], layer)
-                page = batch.layout.layers[layer].page
-                parts += _packed_parts(q, position, blocks, page, batch.sinks[slot, layer], rule)
-            rows.append(merge(parts).reshape(query.shape[1:]))
-        return torch.stack(rows).to(query.dtype)
+            parts = _decode_parts(query[b], share, b, layer, rule)
+            lse = torch.logsumexp(torch.stack([part.lse for part in parts]), dim=0)
+            row = torch.cat([merge(parts), lse.unsqueeze(-1) * LOG2E], dim=-1)
+            rows.append(row.reshape(query.shape[1], -1))
+        return torch.stack(rows)
+
+    def merge_shares(self, shares: Tensor) -> Tensor:
+        outs, lse = shares[..., :-1], shares[..., -1]
+        peak = lse.amax(0).clamp_min(LOWEST)
+        weights = torch.exp2(lse - peak)
+        merged, total = torch.zeros_like(outs[0]), torch.zeros_like(peak)
+        for out, weight in zip(outs, weights, strict=True):
+            merged = merged + out * weight.unsqueeze(-1)
+            total = total + weight
+        return merged / torch.where(total == 0, 1.0, total).unsqueeze(-1)
 
     def chunk_attention(
         self,

@@ -30,14 +30,14 @@
  * layer. */
 struct decode_args {
     const float *query; /* [B, Hq, D] */
-    float *out;         /* [B, Hq, D] */
+    float *out;         /* [B, Hq, D]; with `shares`, [B, Hq, D + 1]: then log2 of the sum of exponentials */
     const uint8_t *pool;
     const uint16_t *sinks, *tails;
     const int32_t *block_tables, *num_blocks, *slots, *tail_lens;
     int64_t pool_blocks, pool_block_stride, pool_head_stride;
     int64_t num_slots, sinks_slot_stride, sinks_head_stride;
     int64_t tails_slot_stride, tails_value_offset, tails_head_stride;
-    int64_t table_stride, batch, kv_heads, group, head_dim, sink_tokens, block_size, threads, terms;
+    int64_t table_stride, batch, kv_heads, group, head_dim, sink_tokens, block_size, threads, terms, shares;
     struct page_format page;
     struct score_rule rule;
 };
@@ -176,14 +176,14 @@ static int row_of(int head_dim) {
     return row;
 }
 
-/* Merges the partials of one KV head, in the order of pieces. */
+/* Merges the partials of one KV head, in the order of pieces. Without any token the result is 0. */
 static void merge_pieces(const struct decode_call *call, int64_t sequence, int64_t head) {
     const struct decode_args *a = call->args;
     const int64_t D = a->head_dim, begin = call->first_piece[sequence], end = call->first_piece[sequence + 1];
     const int64_t stride = a->kv_heads * a->group * (D + 2);
     for (int64_t g = 0; g < a->group; g++) {
         const float *partials = call->partials + (head * a->group + g) * (D + 2);
-        float *out = a->out + ((sequence * a->kv_heads + head) * a->group + g) * D;
+        float *out = a->out + ((sequence * a->kv_heads + head) * a->group + g) * (a->shares ? D + 1 : D);
         float max = LEAST_SCORE, sum = 0.0f;
         for (int64_t p = begin; p < end; p++) max = fmaxf(max, partials[p * stride + D]);
         memset(out, 0, sizeof(float) * (size_t)D);
@@ -195,8 +195,10 @@ static void merge_pieces(const struct decode_call *call, int64_t sequence, int64
                 _mm256_storeu_ps(out + i, _mm256_fmadd_ps(_mm256_set1_ps(weight), _mm256_loadu_ps(partial + i),
                                                           _mm256_loadu_ps(out + i)));
         }
+        const float divisor = sum == 0.0f ? 1.0f : sum;
         for (int64_t i = 0; i < D; i += 8)
-            _mm256_storeu_ps(out + i, _mm256_div_ps(_mm256_loadu_ps(out + i), _mm256_set1_ps(sum)));
+            _mm256_storeu_ps(out + i, _mm256_div_ps(_mm256_loadu_ps(out + i), _mm256_set1_ps(divisor)));
+        if (a->shares) out[D] = sum == 0.0f ? -INFINITY : max + log2_scalar(sum);
     }
 }
 
@@ -274,7 +276,7 @@ static int check(const struct decode_args *a) {
     if (a->block_size + a->sink_tokens > MAX_HALF_TOKENS || a->sink_tokens >= PAGE) return STATUS_LENGTH;
     for (int64_t b = 0; b < a->batch; b++) {
         if (a->slots[b] < 0 || a->slots[b] >= a->num_slots) return STATUS_SLOT;
-        if (a->tail_lens[b] < 1 || a->tail_lens[b] > a->block_size) return STATUS_LENGTH;
+        if (a->tail_lens[b] < !a->shares || a->tail_lens[b] > a->block_size) return STATUS_LENGTH;
         if (a->num_blocks[b] < 0 || a->num_blocks[b] > a->table_stride) return STATUS_LENGTH;
         const int32_t *table = a->block_tables + b * a->table_stride;
         for (int64_t i = cut_of(a, b).visible / a->block_size; i < a->num_blocks[b]; i++)
@@ -314,4 +316,39 @@ EXPORT int kvferry_decode(const struct decode_args *a) {
     free((void *)call.unfinished);
     free(call.first_piece);
     return result;
+}
+
+/* Shares [R, rows, D + 1] as `kvferry_decode` gives them. */
+struct merge_args {
+    const float *shares;
+    float *out; /* [rows, D] */
+    int64_t num_shares, rows, head_dim;
+};
+
+EXPORT const int kvferry_merge_args_size = sizeof(struct merge_args);
+
+/* In the order of shares; a weight of 0 is skipped, so that an empty share changes no bit. */
+EXPORT int kvferry_merge(const struct merge_args *a) {
+    if (!supported_head_dim(a->head_dim)) return STATUS_HEAD_DIM;
+    const int64_t D = a->head_dim, stride = a->rows * (D + 1);
+    for (int64_t row = 0; row < a->rows; row++) {
+        const float *shares = a->shares + row * (D + 1);
+        float *out = a->out + row * D;
+        float max = LEAST_SCORE, sum = 0.0f;
+        for (int64_t r = 0; r < a->num_shares; r++) max = fmaxf(max, shares[r * stride + D]);
+        memset(out, 0, sizeof(float) * (size_t)D);
+        for (int64_t r = 0; r < a->num_shares; r++) {
+            const float *share = shares + r * stride;
+            const float weight = exp2_scalar(share[D] - max);
+            if (weight == 0.0f) continue;
+            sum += weight;
+            for (int64_t i = 0; i < D; i += 8)
+                _mm256_storeu_ps(out + i, _mm256_fmadd_ps(_mm256_set1_ps(weight), _mm256_loadu_ps(share + i),
+                                                          _mm256_loadu_ps(out + i)));
+        }
+        const float divisor = sum == 0.0f ? 1.0f : sum;
+        for (int64_t i = 0; i < D; i += 8)
+            _mm256_storeu_ps(out + i, _mm256_div_ps(_mm256_loadu_ps(out + i), _mm256_set1_ps(divisor)));
+    }
+    return STATUS_OK;
 }

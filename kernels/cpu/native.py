@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import platform
 import weakref
 from collections import deque
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvferry.kernels.cpu import structs
 from kvferry.kernels.layout import BlockLayout, LayerLayout
 from kvferry.kernels.packed import DecodeBatch, PackedPrefix
 from kvferry.kernels.page import PageFormat
@@ -41,138 +43,6 @@ class NativeUnavailable(RuntimeError):
     """Why the native kernels do not run here: not built, not this CPU, not this model."""
 
 
-class _TensorFormat(ctypes.Structure):
-    """struct tensor_format of page.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("codes", "scale", "zero", "bits", "group", "byte_scales")),
-        *((name, ctypes.c_float) for name in ("unit_offset", "zero_step")),
-        *((name, ctypes.c_int64) for name in ("boosted", "boost", "channels")),
-        *((name, ctypes.c_float) for name in ("boosted_unit_offset", "boosted_zero_step")),
-    )
-
-
-class _PageFormat(ctypes.Structure):
-    """struct page_format of page.h."""
-
-    _fields_ = (
-        ("key", _TensorFormat),
-        ("value", _TensorFormat),
-        ("tokens", ctypes.c_int64),
-        ("bytes", ctypes.c_int64),
-    )
-
-
-class _ScoreRule(ctypes.Structure):
-    """struct score_rule of rule.h."""
-
-    _fields_ = (("window", ctypes.c_int64), ("scale", ctypes.c_float), ("softcap", ctypes.c_float))
-
-
-class _QuantizeArgs(ctypes.Structure):
-    """struct quantize_args of quantize.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "out")),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "key_head_stride",
-                "key_token_stride",
-                "value_head_stride",
-                "value_token_stride",
-                "kv_heads",
-                "pages",
-                "head_dim",
-                "sink_tokens",
-                "threads",
-            )
-        ),
-        ("page", _PageFormat),
-    )
-
-
-class _DecodeArgs(ctypes.Structure):
-    """struct decode_args of decode.c."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "query",
-                "out",
-                "pool",
-                "sinks",
-                "tails",
-                "block_tables",
-                "num_blocks",
-                "slots",
-                "tail_lens",
-            )
-        ),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "pool_blocks",
-                "pool_block_stride",
-                "pool_head_stride",
-                "num_slots",
-                "sinks_slot_stride",
-                "sinks_head_stride",
-                "tails_slot_stride",
-                "tails_value_offset",
-                "tails_head_stride",
-                "table_stride",
-                "batch",
-                "kv_heads",
-                "group",
-                "head_dim",
-                "sink_tokens",
-                "block_size",
-                "threads",
-                "terms",
-            )
-        ),
-        ("page", _PageFormat),
-        ("rule", _ScoreRule),
-    )
-
-
-class _ChunkArgs(ctypes.Structure):
-    """struct chunk_args of chunk.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "out", "keys", "values", "pool", "sinks", "table")),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "query_head_stride",
-                "query_token_stride",
-                "key_head_stride",
-                "key_token_stride",
-                "value_head_stride",
-                "value_token_stride",
-                "pool_blocks",
-                "pool_block_stride",
-                "pool_head_stride",
-                "num_blocks",
-                "kv_heads",
-                "group",
-                "tokens",
-                "head_dim",
-                "sink_tokens",
-                "block_size",
-                "threads",
-            )
-        ),
-        ("page", _PageFormat),
-        ("rule", _ScoreRule),
-    )
-
-
-_ARGS = {"quantize": _QuantizeArgs, "decode": _DecodeArgs, "chunk": _ChunkArgs}
-
-
 class NativeKernels:
     """`PackedKernels` for CPUs with AVX2, FMA and F16C. Made by `load`."""
 
@@ -185,9 +55,10 @@ class NativeKernels:
         self._terms = terms
         self._quantize = library.kvferry_quantize
         self._decode = library.kvferry_decode
+        self._merge = library.kvferry_merge
         self._chunk = library.kvferry_chunk
         self._last_batches: deque[tuple[weakref.ref[DecodeBatch], torch.Size, bytes]] = deque(maxlen=2)
-        for function in (self._quantize, self._decode, self._chunk):
+        for function in (self._quantize, self._decode, self._merge, self._chunk):
             function.argtypes = (ctypes.c_void_p,)
             function.restype = ctypes.c_int
 
@@ -202,7 +73,7 @@ class NativeKernels:
         if head_dim != page.head_dim:
             raise ValueError(f"keys of head_dim {head_dim} do not fit pages of {page.head_dim}")
         _expect("out", out, torch.uint8, (kv_heads, pages, page.num_bytes), inner=3)
-        args = _QuantizeArgs(
+        args = structs.QuantizeArgs(
             keys=keys.data_ptr(),
             values=values.data_ptr(),
             out=out.data_ptr(),
@@ -232,10 +103,41 @@ class NativeKernels:
         """See `PackedKernels`. Block ids, slots and lengths are checked at each call."""
         rows = _rows(query)
         out = torch.empty_like(rows)
-        args = self._decode_args(query, batch)
+        self._attend(rows, batch, layer, _rule(scale, window, softcap), out, shares=False)
+        return out if query.dtype == torch.float32 else out.to(query.dtype)
+
+    def share_attention(
+        self, query: Tensor, share: DecodeBatch, *, layer: int, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """See `PackedKernels`; checks as `decode_attention`."""
+        rows = _rows(query)
+        out = torch.empty((*rows.shape[:-1], rows.shape[-1] + 1), dtype=torch.float32)
+        self._attend(rows, share, layer, _rule(scale, None, softcap), out, shares=True)
+        return out
+
+    def merge_shares(self, shares: Tensor) -> Tensor:
+        """See `PackedKernels`."""
+        num_shares, *rows, width = shares.shape
+        _expect("shares", shares, torch.float32, (num_shares, *rows, width), inner=1 + len(rows) + 1)
+        out = torch.empty((*rows, width - 1), dtype=torch.float32)
+        args = structs.MergeArgs(
+            shares=shares.data_ptr(),
+            out=out.data_ptr(),
+            num_shares=num_shares,
+            rows=math.prod(rows),
+            head_dim=width - 1,
+        )
+        _raise_for(self._merge(ctypes.byref(args)))
+        return out
+
+    def _attend(
+        self, rows: Tensor, batch: DecodeBatch, layer: int, rule: structs.ScoreRule, out: Tensor, *, shares: bool
+    ) -> None:
+        """rows: from `_rows`; out: as the C function writes it."""
+        args = self._decode_args(rows, batch)
         share = _share(batch.layout, layer)
         args.page = _page_format(share.page)
-        args.rule = _rule(scale, window, softcap)
+        args.rule = rule
         args.query = rows.data_ptr()
         args.out = out.data_ptr()
         args.pool = batch.pool.data_ptr() + share.offset
@@ -243,10 +145,10 @@ class NativeKernels:
         args.sinks = batch.sinks.data_ptr() + 2 * layer * batch.sinks.stride(1)
         args.tails = batch.tails.data_ptr() + 2 * layer * batch.tails.stride(1)
         args.threads = torch.get_num_threads()
+        args.shares = shares
         _raise_for(self._decode(ctypes.byref(args)))
-        return out if query.dtype == torch.float32 else out.to(query.dtype)
 
-    def _decode_args(self, query: Tensor, batch: DecodeBatch) -> _DecodeArgs:
+    def _decode_args(self, query: Tensor, batch: DecodeBatch) -> structs.DecodeArgs:
         """Fresh arguments, without what changes from layer to layer.
 
         A model passes one batch to all its layers, or one to those with a window and one to the others, and checking
@@ -254,7 +156,7 @@ class NativeKernels:
         """
         for known, shape, raw in self._last_batches:
             if known() is batch and shape == query.shape:
-                return _DecodeArgs.from_buffer_copy(raw)
+                return structs.DecodeArgs.from_buffer_copy(raw)
         size, query_heads, head_dim = query.shape
         pool, sinks, tails, tables = batch.pool, batch.sinks, batch.tails, batch.block_tables
         layout = batch.layout
@@ -268,7 +170,7 @@ class NativeKernels:
         _expect("num_blocks", batch.num_blocks, torch.int32, (size,), 1)
         _expect("slots", batch.slots, torch.int32, (size,), 1)
         _expect("tail_lens", batch.tail_lens, torch.int32, (size,), 1)
-        args = _DecodeArgs(
+        args = structs.DecodeArgs(
             block_tables=tables.data_ptr(),
             num_blocks=batch.num_blocks.data_ptr(),
             slots=batch.slots.data_ptr(),
@@ -321,7 +223,7 @@ class NativeKernels:
             raise ValueError(f"{sink_tokens} sinks are more than {_MAX_SINKS}")
         rows = _rows(query)
         out = torch.empty(query.shape, dtype=torch.float32)
-        args = _ChunkArgs(
+        args = structs.ChunkArgs(
             query=rows.data_ptr(),
             out=out.data_ptr(),
             keys=keys.data_ptr(),
@@ -376,7 +278,7 @@ def _library() -> ctypes.CDLL:
         raise NativeUnavailable(f"{LIBRARY} does not load: {error}") from error
     if not library.kvferry_cpu_supported():
         raise NativeUnavailable("this CPU lacks AVX2, FMA or F16C")
-    for name, args in _ARGS.items():
+    for name, args in structs.ARGUMENTS.items():
         size = ctypes.c_int.in_dll(library, f"kvferry_{name}_args_size").value
         if size != ctypes.sizeof(args):
             raise NativeUnavailable(f"{LIBRARY} was compiled from other sources: install kvferry again")
@@ -406,11 +308,11 @@ def _share(layout: BlockLayout, layer: int) -> LayerLayout:
 
 
 @functools.lru_cache(maxsize=256)
-def _page_format(page: PageFormat) -> _PageFormat:
+def _page_format(page: PageFormat) -> structs.PageFormat:
     o = page.offsets
 
-    def tensor(spec: TensorSpec, codes: int, scale: int, zero: int) -> _TensorFormat:
-        return _TensorFormat(
+    def tensor(spec: TensorSpec, codes: int, scale: int, zero: int) -> structs.TensorFormat:
+        return structs.TensorFormat(
             codes=codes,
             scale=scale,
             zero=zero,
@@ -426,7 +328,7 @@ def _page_format(page: PageFormat) -> _PageFormat:
             boosted_zero_step=zero_step(spec.bits + 2),
         )
 
-    return _PageFormat(
+    return structs.PageFormat(
         key=tensor(page.spec.key, o.k_codes, o.k_scale, o.k_zero),
         value=tensor(page.spec.value, o.v_codes, o.v_scale, o.v_zero),
         tokens=page.tokens,
@@ -434,12 +336,12 @@ def _page_format(page: PageFormat) -> _PageFormat:
     )
 
 
-def _rule(scale: float, window: int | None, softcap: float | None) -> _ScoreRule:
+def _rule(scale: float, window: int | None, softcap: float | None) -> structs.ScoreRule:
     if window is not None and window < 1:
         raise ValueError(f"window {window} must be at least 1")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap {softcap} must be above 0")
-    return _ScoreRule(window=window or _NO_WINDOW, scale=scale, softcap=softcap or 0.0)
+    return structs.ScoreRule(window=window or _NO_WINDOW, scale=scale, softcap=softcap or 0.0)
 
 
 def _rows(query: Tensor) -> Tensor:

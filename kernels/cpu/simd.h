@@ -64,6 +64,22 @@ INLINE float exp2_scalar(float x) {
     return _mm256_cvtss_f32(exp2_ps(_mm256_set1_ps(x)));
 }
 
+/* log2 of a positive normal number, off by 2e-7 (of the result, or in absolute terms near 1); NaN and infinity stay. Own
+ * code, so that bits do not depend on the C library. */
+INLINE float log2_scalar(float x) {
+    union {
+        float number;
+        uint32_t bits;
+    } u = {x};
+    if (u.bits >= 0x7F800000u) return x;
+    const int32_t exponent = (int32_t)(u.bits - 0x3F3504F3u) >> 23; /* the rest is in [sqrt(1/2), sqrt(2)) */
+    u.bits -= (uint32_t)exponent << 23;
+    const float s = (u.number - 1.0f) / (u.number + 1.0f), t = s * s;
+    /* 2 / ln 2 * atanh s */
+    const float series = 2.88539008f + t * (0.961796694f + t * (0.577078016f + t * (0.412198583f + t * 0.320598898f)));
+    return (float)exponent + s * series;
+}
+
 INLINE void transpose8(__m256 r[8]) {
     __m256 t[8], u[8];
     UNROLL for (int i = 0; i < 4; i++) {
