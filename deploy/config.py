@@ -49,8 +49,8 @@ class GatewayConfig:
     eos_token_ids: tuple[int, ...] = ()
     tokenizer_digest: bytes = b""  # of the gateway's tokenizer; workers with another one are not used
     limits: RequestLimits = field(default_factory=RequestLimits)
-    poll_interval_s: float = 1.0  # how often workers are asked what they are
-    poll_timeout_s: float = 2.0
+    poll_interval_s: float = 0.8  # how often workers are asked what they are
+    poll_timeout_s: float = 1.0  # two unanswered polls: the worker is silent, its requests go elsewhere
 
     def __post_init__(self) -> None:
         _require(bool(self.model_name), "model_name is empty")

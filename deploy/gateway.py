@@ -178,7 +178,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                 if pair.prefill:
                     prefilling.enter_context(pair.prefill.in_use())
                 try:
-                    chunks = decode(pair.decode, request, answers, deadline)
+                    chunks = decode(pair, request, answers, deadline)
                     async with aclosing(chunks):
                         async for chunk in chunks:
                             prefilling.close()

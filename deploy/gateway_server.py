@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from kvferry.deploy.config import GatewayConfig, ModelLimits
 from kvferry.deploy.gateway import SERVICE, Gateway
 from kvferry.deploy.interceptor import EdgeInterceptor
+from kvferry.deploy.membership import Membership, StaticMembership
 from kvferry.deploy.prompt import Tokenizer
 from kvferry.deploy.router import LeastOutstanding, Router
 from kvferry.deploy.worker_pool import WorkerPool
@@ -36,8 +37,14 @@ class GatewayServer:
         tokenizer: Tokenizer,
         model: ModelLimits,
         router: Router | None = None,
+        membership: Membership | None = None,
     ) -> None:
+        """`membership`: where the workers come from, in place of the config's addresses. Closed with the server."""
         self._config = config
+        self._membership = membership or StaticMembership.of(
+            decode=config.decode_workers, prefill=config.prefill_workers
+        )
+        self._following: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
         self._pool = WorkerPool(
             model_name=config.model_name,
@@ -76,7 +83,7 @@ class GatewayServer:
             port = server.add_insecure_port(f"{config.host}:{config.port}")
         except RuntimeError:
             raise OSError(f"cannot listen on {config.host}:{config.port}") from None
-        self._pool.set_addresses(decode=config.decode_workers, prefill=config.prefill_workers)
+        self._following = asyncio.create_task(self._follow_members())
         await server.start()
         self._server = server
         return port
@@ -86,6 +93,10 @@ class GatewayServer:
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(grace)
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self._membership.close()
         await self._pool.close()
         self._gateway.close()
 
@@ -111,6 +122,10 @@ class GatewayServer:
     def set_workers(self, *, decode: Iterable[str], prefill: Iterable[str] = ()) -> None:
         """Replaces the worker addresses, for workers that moved, came or left."""
         self._pool.set_addresses(decode=decode, prefill=prefill)
+
+    async def _follow_members(self) -> None:
+        async for members in self._membership.watch():
+            self.set_workers(decode=members.addresses("decode"), prefill=members.addresses("prefill"))
 
     async def _update_health(self) -> None:
         status = health_pb2.HealthCheckResponse

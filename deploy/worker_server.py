@@ -21,6 +21,7 @@ from kvferry.decode.worker import DecodeWorker
 from kvferry.deploy.kv_memory import plan_kv_memory
 from kvferry.deploy.layer_windows import layer_windows
 from kvferry.deploy.local_prefill import LocalPrefillStream
+from kvferry.deploy.membership import Membership
 from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class, rows_are_invariant
 from kvferry.deploy.pass_width import widest_pass
@@ -168,10 +169,14 @@ class WorkerServer:
         own_prefill: PrefillConfig | None = None,
         store_cache_bytes: int | None = None,
         remote_prefill: type[RemotePrefillStream] = RemotePrefillStream,
+        membership: Membership | None = None,
     ) -> None:
         """`store_address`: host:port of the one store node, or several nodes. `own_prefill`: a decode worker has the
         role prefill, too, and hands over in memory. `store_cache_bytes`: keep so much of what the store gave.
-        `remote_prefill`: how it reaches other prefill workers."""
+        `remote_prefill`: how it reaches other prefill workers. `membership`: where the store's nodes come from, with a
+        ring as `store_address`; closed with the server."""
+        self._membership = membership
+        self._following: asyncio.Task[None] | None = None
         self._remote_prefill = remote_prefill
         self._runtime = runtime
         self._config = config
@@ -217,6 +222,8 @@ class WorkerServer:
         await server.start()
         self._server = server
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        if self._membership is not None:
+            self._following = asyncio.create_task(self._follow_members(self._membership))
         return f"{self._config.host}:{port}"
 
     def set_store_nodes(self, nodes: Sequence[str]) -> None:
@@ -230,12 +237,24 @@ class WorkerServer:
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(grace_s)
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        if self._membership is not None:
+            await self._membership.close()
         if self._decode is not None:
             engine, servicer = self._decode
             await servicer.close()
             await asyncio.to_thread(engine.close)
         if self._store is not None:
             await self._store.close()
+
+    async def _follow_members(self, membership: Membership) -> None:
+        async for members in membership.watch():
+            try:
+                self.set_store_nodes(members.addresses("store"))
+            except ValueError as error:
+                logger.warning("the store's nodes stay as they are: %s", error)
 
     def stats(self) -> worker_pb2.WorkerStats:
         """What the roles of this worker are doing now."""
