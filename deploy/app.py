@@ -151,6 +151,8 @@ async def make_gateway(settings: Settings, *, prefill: list[str], decode: list[s
             host=gateway.host,
             port=gateway.port,
             tenant=gateway.tenant,
+            router=gateway.router,
+            router_memory=gateway.router_memory,
             eos_token_ids=tuple(end_token_ids(source, tokenizer)),
             tokenizer_digest=tokenizer_digest(tokenizer),
             limits=RequestLimits(
