@@ -50,6 +50,8 @@ class EngineLoad(NamedTuple):
     computed_tokens: int
     """Since the start."""
     compute_s: float
+    num_shared_blocks: int
+    """Taken from jobs that were here at the same time."""
 
 
 class PrefillEngine:
@@ -79,6 +81,7 @@ class PrefillEngine:
         self._speed = ComputeSpeed()
         self._computed_tokens = 0
         self._compute_s = 0.0
+        self._num_shared_blocks = 0
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="prefill-engine", daemon=True)
@@ -112,6 +115,7 @@ class PrefillEngine:
                 context_token_s=self._speed.context_token_s if known else 0.0,
                 computed_tokens=self._computed_tokens,
                 compute_s=self._compute_s,
+                num_shared_blocks=self._num_shared_blocks,
             )
 
     def seconds_for(self, first_token: int, end_token: int) -> float:
@@ -232,6 +236,7 @@ class PrefillEngine:
         limit = blocks.num_blocks if job.warm else (len(job.token_ids) - 1) // self.layout.block_size
         self._shared.take(job.keys, blocks, limit=limit)
         job.num_shared_blocks += blocks.num_ready - first
+        self._num_shared_blocks += blocks.num_ready - first
         self._finish_blocks(job, first)
 
     def _compute(self, job: PrefillJob, max_blocks: int) -> tuple[int, list[SampledToken]]:

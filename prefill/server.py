@@ -95,6 +95,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             cache_blocks=self._cache_blocks,
             computed_tokens=load.computed_tokens,
             compute_seconds=load.compute_s,
+            num_blocks_shared=load.num_shared_blocks,
+            num_blocks_local=counters.num_blocks_local,
         )
 
     async def Prefill(  # type: ignore[override]  # the stubs know generators only; this one reads and writes at once

@@ -158,6 +158,8 @@ class PrefillStats(_message.Message):
     CACHE_BLOCKS_FIELD_NUMBER: _builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_SHARED_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_LOCAL_FIELD_NUMBER: _builtins.int
     num_requests: _builtins.int
     """computing or publishing"""
     num_fetches: _builtins.int
@@ -197,6 +199,10 @@ class PrefillStats(_message.Message):
     """since the start"""
     compute_seconds: _builtins.float
     """that these took"""
+    num_blocks_shared: _builtins.int
+    """taken from a request that was here, too"""
+    num_blocks_local: _builtins.int
+    """of those fetched: from the worker's own cache of records"""
     def __init__(
         self,
         *,
@@ -221,10 +227,12 @@ class PrefillStats(_message.Message):
         cache_blocks: _builtins.int = ...,
         computed_tokens: _builtins.int = ...,
         compute_seconds: _builtins.float = ...,
+        num_blocks_shared: _builtins.int = ...,
+        num_blocks_local: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_compute_seconds", b"block_compute_seconds", "cache_blocks", b"cache_blocks", "compute_seconds", b"compute_seconds", "computed_tokens", b"computed_tokens", "context_token_seconds", b"context_token_seconds", "fetch_bytes_per_second", b"fetch_bytes_per_second", "fetch_latency_seconds", b"fetch_latency_seconds", "lookup_seconds", b"lookup_seconds", "num_blocks_fetched", b"num_blocks_fetched", "num_blocks_recomputed", b"num_blocks_recomputed", "num_computing", b"num_computing", "num_fetches", b"num_fetches", "num_fetches_abandoned", b"num_fetches_abandoned", "num_lookups_skipped", b"num_lookups_skipped", "num_probes", b"num_probes", "num_recomputed", b"num_recomputed", "num_requests", b"num_requests", "queued_seconds", b"queued_seconds", "queued_tokens", b"queued_tokens", "token_seconds", b"token_seconds", "uses_store", b"uses_store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_compute_seconds", b"block_compute_seconds", "cache_blocks", b"cache_blocks", "compute_seconds", b"compute_seconds", "computed_tokens", b"computed_tokens", "context_token_seconds", b"context_token_seconds", "fetch_bytes_per_second", b"fetch_bytes_per_second", "fetch_latency_seconds", b"fetch_latency_seconds", "lookup_seconds", b"lookup_seconds", "num_blocks_fetched", b"num_blocks_fetched", "num_blocks_local", b"num_blocks_local", "num_blocks_recomputed", b"num_blocks_recomputed", "num_blocks_shared", b"num_blocks_shared", "num_computing", b"num_computing", "num_fetches", b"num_fetches", "num_fetches_abandoned", b"num_fetches_abandoned", "num_lookups_skipped", b"num_lookups_skipped", "num_probes", b"num_probes", "num_recomputed", b"num_recomputed", "num_requests", b"num_requests", "queued_seconds", b"queued_seconds", "queued_tokens", b"queued_tokens", "token_seconds", b"token_seconds", "uses_store", b"uses_store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

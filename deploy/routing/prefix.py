@@ -41,8 +41,11 @@ NUM_HOLDERS = 16
 """... those that hold the most of the prompt, and ..."""
 NUM_DRAWN = 16
 """... some drawn at random: gateways that do not know each other then choose different ones."""
-NEARLY_SHARE, NEARLY_S = 0.05, 0.001
-"""Costs so near to the lowest one are equal: speeds are measured, and the worker with less recent work is chosen."""
+NEARLY_SHARE, NEARLY_S = 0.2, 0.001
+"""Costs so near to the lowest one are equal, because measured speeds of equal workers differ by as much: of these, the
+worker with the least recent work is chosen."""
+FREE_PROMPTS = 0.5
+"""A prefill worker may have the work of so many such prompts more than its share before that costs anything."""
 FREE_ANSWERS = 4
 """A decode worker may have so many requests more than its share before that costs anything."""
 
@@ -99,7 +102,7 @@ class PrefixRouter:
                 self._prefill_work.of(worker.address, now),
                 cost.work_s,
                 mean_s=self._prefill_work.mean(now),
-                slack_s=(worker.load.speeds or speeds).compute_s(0, num_tokens),
+                slack_s=FREE_PROMPTS * (worker.load.speeds or speeds).compute_s(0, num_tokens),
             )
             for worker, cost in zip(prefills, costs, strict=True)
         ]
