@@ -31,6 +31,7 @@ from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tokenizer_digest
+from kvferry.deploy.routing.router import Router
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
@@ -134,8 +135,13 @@ def model_config(settings: Settings) -> ModelConfig:
     )
 
 
-async def make_gateway(settings: Settings, *, prefill: list[str], decode: list[str]) -> GatewayServer:
-    """A gateway for these workers, not started. Reads the model's tokenizer and configuration, not its weights."""
+async def make_gateway(
+    settings: Settings, *, prefill: list[str], decode: list[str], router: Router | None = None
+) -> GatewayServer:
+    """A gateway for these workers, not started. Reads the model's tokenizer and configuration, not its weights.
+
+    `router`: None: as the settings say.
+    """
     from transformers import AutoConfig
 
     source = await asyncio.to_thread(find_model, settings.model)
@@ -151,6 +157,8 @@ async def make_gateway(settings: Settings, *, prefill: list[str], decode: list[s
             host=gateway.host,
             port=gateway.port,
             tenant=gateway.tenant,
+            router=gateway.router,
+            router_memory=gateway.router_memory,
             eos_token_ids=tuple(end_token_ids(source, tokenizer)),
             tokenizer_digest=tokenizer_digest(tokenizer),
             limits=RequestLimits(
@@ -163,6 +171,7 @@ async def make_gateway(settings: Settings, *, prefill: list[str], decode: list[s
         ),
         tokenizer=tokenizer,
         model=ModelLimits(max_model_len=min(settings.max_model_len or window, window), vocab_size=config.vocab_size),
+        router=router,
     )
 
 

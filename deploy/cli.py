@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from kvferry.deploy.bench_router.command import bench_router_command
 from kvferry.deploy.bench_serve.command import bench_serve_command
 from kvferry.deploy.cli_bench import bench_decode_command, bench_memory_command
 from kvferry.deploy.cli_bench_store import bench_store_command
@@ -50,6 +51,7 @@ bench.command("decode")(bench_decode_command)
 bench.command("memory")(bench_memory_command)
 bench.command("chooser")(bench_chooser_command)
 bench.command("transfer")(bench_transfer_command)
+bench.command("router")(bench_router_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(prefix, name="prefix")

@@ -15,7 +15,8 @@ from kvferry.deploy.gateway import SERVICE, Gateway
 from kvferry.deploy.interceptor import EdgeInterceptor
 from kvferry.deploy.membership import Membership, StaticMembership
 from kvferry.deploy.prompt import Tokenizer
-from kvferry.deploy.router import LeastOutstanding, Router
+from kvferry.deploy.routing.policies import make_router
+from kvferry.deploy.routing.router import Router
 from kvferry.deploy.worker_pool import WorkerPool
 from kvferry.proto import inference_pb2_grpc
 from kvferry.proto.grpc_options import server_options
@@ -58,7 +59,7 @@ class GatewayServer:
             tokenizer=tokenizer,
             model=model,
             pool=self._pool,
-            router=router or LeastOutstanding(),
+            router=router or make_router(config.router, index_bytes=config.router_memory),
         )
         self._changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None

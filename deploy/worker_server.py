@@ -276,13 +276,18 @@ class WorkerServer:
                     num_swaps=admission.num_swaps,
                     num_answers_published=servicer.warmer.num_warmed,
                     num_answers_not_published=servicer.warmer.num_left_out,
+                    step_seconds=engine.step_seconds,
                 )
             )
         return stats
 
     def _add_prefill(self, server: grpc.aio.Server, config: PrefillConfig, info: worker_pb2.WorkerInfo) -> None:
         self.prefill_servicer = servicer = PrefillServicer(
-            engine=self._runtime.engine, store=self._store, info=info, config=config
+            engine=self._runtime.engine,
+            store=self._store,
+            info=info,
+            config=config,
+            cache_blocks=(self._store_cache_bytes or 0) // info.block_bytes,
         )
         worker_pb2_grpc.add_PrefillServicer_to_server(servicer, server)
 

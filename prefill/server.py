@@ -52,7 +52,10 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         store: Store | None,
         info: worker_pb2.WorkerInfo,
         config: PrefillConfig,
+        cache_blocks: int = 0,
     ) -> None:
+        """`cache_blocks`: how many blocks `store` keeps in this process."""
+        self._cache_blocks = cache_blocks
         self._engine = engine
         self._store = store
         self._info = info
@@ -69,6 +72,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
     def stats(self) -> worker_pb2.PrefillStats:
         """What this worker is doing, and what it has measured."""
         counters, estimates = self.fetch_policy.counters, self.fetch_policy.estimates()
+        load = self._engine.load
         return worker_pb2.PrefillStats(
             num_requests=self.num_requests,
             num_fetches=counters.num_fetches,
@@ -82,6 +86,17 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             fetch_latency_seconds=estimates.latency_s,
             lookup_seconds=estimates.lookup_s,
             block_compute_seconds=self._engine.seconds_for(0, self._info.block_size),
+            num_computing=load.num_jobs,
+            queued_tokens=load.queued_tokens,
+            queued_seconds=load.queued_s,
+            token_seconds=load.token_s,
+            context_token_seconds=load.context_token_s,
+            uses_store=self._store is not None and self._config.fetch != "never",
+            cache_blocks=self._cache_blocks,
+            computed_tokens=load.computed_tokens,
+            compute_seconds=load.compute_s,
+            num_blocks_shared=load.num_shared_blocks,
+            num_blocks_local=counters.num_blocks_local,
         )
 
     async def Prefill(  # type: ignore[override]  # the stubs know generators only; this one reads and writes at once
