@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvferry.kvstore.metrics_endpoint import MetricsPlace
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits:
@@ -51,6 +53,7 @@ class GatewayConfig:
     limits: RequestLimits = field(default_factory=RequestLimits)
     poll_interval_s: float = 1.0  # how often workers are asked what they are
     poll_timeout_s: float = 2.0
+    metrics: MetricsPlace | None = None  # where Prometheus asks; None: nowhere
 
     def __post_init__(self) -> None:
         _require(bool(self.model_name), "model_name is empty")

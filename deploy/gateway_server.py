@@ -9,13 +9,17 @@ from typing import Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client.core import Metric
 
 from kvferry.deploy.config import GatewayConfig, ModelLimits
 from kvferry.deploy.gateway import SERVICE, Gateway
+from kvferry.deploy.gateway_metrics import GatewayMetrics, gateway_families
 from kvferry.deploy.interceptor import EdgeInterceptor
+from kvferry.deploy.observed_gateway import ObservedGateway
 from kvferry.deploy.prompt import Tokenizer
 from kvferry.deploy.router import LeastOutstanding, Router
 from kvferry.deploy.worker_pool import WorkerPool
+from kvferry.kvstore.metrics_endpoint import MetricsEndpoint
 from kvferry.proto import inference_pb2_grpc
 from kvferry.proto.grpc_options import server_options
 
@@ -53,6 +57,10 @@ class GatewayServer:
             pool=self._pool,
             router=router or LeastOutstanding(),
         )
+        self.metrics = GatewayMetrics(config.model_name)
+        self._endpoint: MetricsEndpoint | None = None
+        self.metrics_port = 0
+        """Where Prometheus asks, once started; 0: nowhere."""
         self._changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
 
@@ -69,13 +77,17 @@ class GatewayServer:
             ],
             options=server_options(max_receive_bytes=limits.max_prompt_bytes + _MESSAGE_OVERHEAD_BYTES),
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._gateway, server)
+        observed = ObservedGateway(self._gateway, self.metrics, default_timeout_s=limits.default_timeout_s)
+        inference_pb2_grpc.add_InferenceServicer_to_server(observed, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self._update_health()
         try:
             port = server.add_insecure_port(f"{config.host}:{config.port}")
         except RuntimeError:
             raise OSError(f"cannot listen on {config.host}:{config.port}") from None
+        if config.metrics is not None:
+            self._endpoint = MetricsEndpoint(config.metrics, self._families, also=[self.metrics.registry])
+            self.metrics_port = await self._endpoint.start()
         self._pool.set_addresses(decode=config.decode_workers, prefill=config.prefill_workers)
         await server.start()
         self._server = server
@@ -87,6 +99,8 @@ class GatewayServer:
         if self._server is not None:
             await self._server.stop(grace)
         await self._pool.close()
+        if self._endpoint is not None:
+            await self._endpoint.stop()
         self._gateway.close()
 
     async def wait_for_termination(self) -> None:
@@ -111,6 +125,16 @@ class GatewayServer:
     def set_workers(self, *, decode: Iterable[str], prefill: Iterable[str] = ()) -> None:
         """Replaces the worker addresses, for workers that moved, came or left."""
         self._pool.set_addresses(decode=decode, prefill=prefill)
+
+    async def _families(self) -> list[Metric]:
+        told = gateway_families(
+            model_name=self._config.model_name,
+            num_running=self._gateway.num_running,
+            num_queued=self._gateway.num_queued,
+            num_pairs=len(self._pool.pairs()),
+            serving=not self.problem,
+        )
+        return list(told)
 
     async def _update_health(self) -> None:
         status = health_pb2.HealthCheckResponse

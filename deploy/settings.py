@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from kvferry.deploy.memory_size import KVMemory
+from kvferry.deploy.operations_settings import LogSettings, MetricsSettings
 from kvferry.deploy.store_settings import Bytes, Port, Section, StoreSettings
 from kvferry.deploy.weight_quantization_names import WeightQuantization
 from kvferry.kernels.presets import DEFAULT_PRESET
@@ -93,6 +94,8 @@ class Settings(BaseSettings):
     store: StoreSettings = StoreSettings()
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    log: LogSettings = LogSettings()
 
     @classmethod
     def load(cls, path: Path | None = None, **overrides: Any) -> Settings:
