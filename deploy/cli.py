@@ -30,6 +30,7 @@ from kvferry.deploy.prefix.commands import prefix
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.store_settings import disk_options
+from kvferry.kvstore.process_logs import configure_logs
 
 app = typer.Typer(
     name="kvferry",
@@ -101,7 +102,7 @@ def serve(
         decode={"kv_memory": kv_memory},
         store={"memory": store_memory, "disk": disk_options(store_disk, store_disk_bytes), "redis": redis},
     )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    configure_logs(settings.log.config(), process="serve")
     stopping = threading.Event()
     try:
         with Deployment(settings) as deployment:

@@ -6,7 +6,6 @@ client ──Generate──▶ gateway ──Decode.Generate──▶ decode wor
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator
@@ -22,16 +21,17 @@ from kvferry.deploy.detokenizer import Detokenizer, TokenTexts, special_token_id
 from kvferry.deploy.errors import InvalidField, NoWorker, PromptTooLong, RequestIdInUse, UnknownModel, WorkerLost
 from kvferry.deploy.interceptor import seconds_left
 from kvferry.deploy.prompt import PromptEncoder, Tokenizer
+from kvferry.deploy.request_record import request_record
 from kvferry.deploy.routing.router import Route, RoutedRequest, Router
 from kvferry.deploy.sampling import SamplingRules
 from kvferry.deploy.warm_prompt import warm_prompt
 from kvferry.deploy.worker_pool import PooledWorker, WorkerPair, WorkerPool
 from kvferry.proto import inference_pb2, inference_pb2_grpc, worker_pb2
+from kvferry.proto.request_id import REQUEST_ID, bind_request_id
 
 _logger = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ATTEMPTS = 3
 _MAX_WARMING = 8
 _MAX_WARM_QUEUED = 64
@@ -69,6 +69,16 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._warming = Admission(max_concurrent=_MAX_WARMING, max_queued=_MAX_WARM_QUEUED)
         self._request_ids: set[str] = set()
 
+    @property
+    def num_running(self) -> int:
+        """Requests to `Generate` that have a turn."""
+        return self._answering.num_running
+
+    @property
+    def num_queued(self) -> int:
+        """Requests to `Generate` that wait for one."""
+        return self._answering.num_queued
+
     def close(self) -> None:
         self._prompts.close()
 
@@ -83,6 +93,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         with self._unique_request_id(request.request_id) as request_id:
             self._check_serving()
             async with self._answering.slot():
+                request_record().admitted()
                 token_ids = await self._prompts.encode(request)
                 self._sampling.fit_max_tokens(
                     params,
@@ -174,6 +185,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             route = self._pick(request, failed)
             pair = WorkerPair(route.decode, route.prefill)
             request.prefill_address = pair.prefill.address if pair.prefill else ""
+            request_record().assigned(pair.decode.address, pair.prefill_address)
             with ExitStack() as decoding, ExitStack() as prefilling:
                 decoding.enter_context(pair.decode.in_use())
                 if pair.prefill:
@@ -194,7 +206,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                         raise
                     if not self._pool.candidates().without(failed):
                         raise WorkerLost(f"{error} No other worker is ready.") from None
-                    _logger.warning("request %s goes to other workers", request.request_id)
+                    _logger.warning("a request goes to other workers")
 
     def _pick(
         self, request: worker_pb2.DecodeRequest, failed: Collection[PooledWorker], *, warm: bool = False
@@ -233,7 +245,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
     @contextmanager
     def _unique_request_id(self, request_id: str) -> Iterator[str]:
         request_id = request_id or secrets.token_hex(16)
-        if not _REQUEST_ID.fullmatch(request_id):
+        if not REQUEST_ID.fullmatch(request_id):
             raise InvalidField(
                 f"request_id is {len(request_id)} characters long; "
                 "allowed: 1 to 128 letters, digits, '.', '_', ':' or '-'."
@@ -241,6 +253,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         if request_id in self._request_ids:
             raise RequestIdInUse("A request with this request_id is running.")
         self._request_ids.add(request_id)
+        bind_request_id(request_id)
         try:
             yield request_id
         finally:
@@ -248,6 +261,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
 
 
 def _usage(request: worker_pb2.DecodeRequest, answers: Answers, pair: WorkerPair) -> inference_pb2.Usage:
+    request_record().accounted(answers.worker_usage)
     info = pair.decode.info or worker_pb2.WorkerInfo()
     usage = usage_from_worker(answers.worker_usage, kv_bytes_per_token_bf16=info.kv_bytes_per_token_bf16)
     usage.prompt_tokens = len(request.token_ids)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client.core import Metric
 
 from kvferry.decode.cache import PackedCache
 from kvferry.decode.config import DecodeConfig
@@ -25,6 +26,7 @@ from kvferry.deploy.membership import Membership
 from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class, rows_are_invariant
 from kvferry.deploy.pass_width import widest_pass
+from kvferry.deploy.worker_metrics import worker_families
 from kvferry.kernels.dispatch import Selection, select_kernels
 from kvferry.kernels.forward import CausalModel, padded_rows
 from kvferry.kernels.layout import LAYOUT_VERSION, BlockLayout
@@ -34,6 +36,7 @@ from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES
 from kvferry.kvstore.connect import connect
+from kvferry.kvstore.metrics_endpoint import Collects, MetricsEndpoint
 from kvferry.kvstore.read_cache import ReadCache
 from kvferry.kvstore.ring import StoreRing
 from kvferry.kvstore.ring_config import RingConfig
@@ -187,6 +190,9 @@ class WorkerServer:
         self._store: Store | None = None
         """The nodes, or a cache before them."""
         self._server: grpc.aio.Server | None = None
+        self._metrics: MetricsEndpoint | None = None
+        self.metrics_port = 0
+        """Where Prometheus asks, once started; 0: nowhere."""
         self._health = health.aio.HealthServicer()
         self._decode: tuple[DecodeEngine, DecodeServicer] | None = None
         self.prefill_servicer: PrefillServicer | None = None
@@ -219,6 +225,7 @@ class WorkerServer:
             port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        await self._serve_metrics(info)
         await server.start()
         self._server = server
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -246,6 +253,8 @@ class WorkerServer:
             engine, servicer = self._decode
             await servicer.close()
             await asyncio.to_thread(engine.close)
+        if self._metrics is not None:
+            await self._metrics.stop()
         if self._store is not None:
             await self._store.close()
 
@@ -280,6 +289,24 @@ class WorkerServer:
                 )
             )
         return stats
+
+    async def _serve_metrics(self, info: worker_pb2.WorkerInfo) -> None:
+        if self._config.metrics is None:
+            return
+
+        async def families() -> list[Metric]:
+            told = worker_families(
+                info, self.stats(), prefill=self.prefill_servicer, nodes=self._nodes, store=self._store
+            )
+            return list(told)
+
+        of_requests: list[Collects] = []
+        if self.prefill_servicer is not None:
+            of_requests.append(self.prefill_servicer.metrics.registry)
+        if self._decode is not None:
+            of_requests.append(self._decode[1].metrics.registry)
+        self._metrics = MetricsEndpoint(self._config.metrics, families, also=of_requests)
+        self.metrics_port = await self._metrics.start()
 
     def _add_prefill(self, server: grpc.aio.Server, config: PrefillConfig, info: worker_pb2.WorkerInfo) -> None:
         self.prefill_servicer = servicer = PrefillServicer(

@@ -96,6 +96,12 @@ class PrefillEngine:
         return self._model.vocab_size
 
     @property
+    def num_waiting(self) -> int:
+        """Submitted jobs that had no turn yet."""
+        with self._wake:
+            return sum(job.queue_seconds is None for job in self._schedule)
+
+    @property
     def seconds_left(self) -> float:
         """How long the submitted jobs will take, by the speed of the last passes; 0 before the first one."""
         with self._wake:
