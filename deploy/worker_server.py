@@ -16,6 +16,7 @@ from prometheus_client.core import Metric
 from kvferry.decode.cache import PackedCache
 from kvferry.decode.config import DecodeConfig
 from kvferry.decode.engine import DecodeEngine
+from kvferry.decode.executor import LocalDecode
 from kvferry.decode.prefill_stream import RemotePrefillStream
 from kvferry.decode.server import DecodeServicer
 from kvferry.decode.worker import DecodeWorker
@@ -43,6 +44,7 @@ from kvferry.kvstore.ring_config import RingConfig
 from kvferry.kvstore.store import Store
 from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
+from kvferry.prefill.executor import LocalPrefill
 from kvferry.prefill.server import PrefillServicer
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.grpc_options import server_options
@@ -106,7 +108,8 @@ class ModelRuntime:
         """Whether decode may pad a batch to any of its usual row counts without changing a bit."""
         width = widest_pass(self.model, model, block_size=self.layout.block_size) if self.rows_invariant else 1
         logger.info("prefill passes cover up to %d blocks", width)
-        self.engine = PrefillEngine(self.model, self.selection.kernels, self.layout, device, max_pass_blocks=width)
+        executor = LocalPrefill(self.model, self.selection.kernels, self.layout, device)
+        self.engine = PrefillEngine(executor, max_pass_blocks=width)
         self.identity = self._identity()
 
     def close(self) -> None:
@@ -345,7 +348,7 @@ class WorkerServer:
             def pad_rows(n: int) -> int:
                 return rows
 
-        engine = DecodeEngine(runtime.model, runtime.selection.kernels, cache, pad_rows=pad_rows)
+        engine = DecodeEngine(LocalDecode(runtime.model, runtime.selection.kernels, cache, pad_rows=pad_rows))
         self.decode_worker = worker = DecodeWorker(engine=engine, cache=cache, store=self._store, config=config)
         roles = ["decode"] if self._own_prefill is None else ["prefill", "decode"]
         info = runtime.info(roles=roles, pool_blocks=plan.num_blocks)

@@ -254,7 +254,7 @@ class PrefillSession:
             self._usage.compute_seconds = job.compute_seconds
             self.handed_over = True
             if not self._warm:
-                tail_bytes = self._blocks.tail.nbytes
+                tail_bytes = self._blocks.tail_size
                 tail = self._blocks.tail_bytes() if self.pieces is None else b""
                 self._events.put_nowait(HandoffReady(tokens, tail_bytes, tail, replace(self._usage)))
             await self._finish_publishing(publisher)
