@@ -226,7 +226,7 @@ async def _start_workers(plan: RouterPlan, stack: AsyncExitStack) -> tuple[list[
         "store": store,
         "cache_bytes": plan.cache_bytes if store else None,
     }
-    addresses = {}
+    addresses: dict[tuple[str, int], str] = {}
     # Two at a time: each tries the kernels when it starts, and finds other things on a machine that is overrun.
     for first in range(0, len(names), 2):
         pair = names[first : first + 2]
