@@ -165,7 +165,14 @@ def cases(target: str) -> Iterator[KernelCase]:
             f"merge-{tag}",
             triton_decode.merge_fwd_kernel,
             dict(partial, part_ptr="*fp32", out_ptr="*fp16"),
-            dict(heads, HEAD_DIM=head_dim, BLOCK_TILES=4, WINDOW=window),
+            dict(heads, HEAD_DIM=head_dim, BLOCK_TILES=4, WINDOW=window, SHARE=0),
+            triton_launch.MERGE,
+        )
+        yield KernelCase(
+            f"shares-{tag}",
+            triton_decode.merge_shares_fwd_kernel,
+            dict(shares_ptr="*fp32", out_ptr="*fp32"),
+            dict(HEAD_DIM=head_dim),
             triton_launch.MERGE,
         )
 

@@ -7,7 +7,8 @@ Three kernels, launched in a fixed shape whatever the data, so that a step can b
     merge_fwd_kernel              (query head, sequence)       merges the parts by log-sum-exp
 
 A program reads K and V once for all query heads that share them. Twin of all three:
-`reference.ReferenceKernels.decode_attention`.
+`reference.ReferenceKernels.decode_attention`. They attend to a share of each context, too; `merge_shares_fwd_kernel`
+(query head of a sequence) merges what they give for all shares.
 """
 
 # Triton is untyped, and the annotations of a kernel are Triton's, not Python's.
@@ -142,8 +143,9 @@ def tail_attention_fwd_kernel(
             )  # fmt: skip
 
     part = (row * HEADS + head) * parts * GROUP + member
-    tl.store(out_ptr + part[None, :] * HEAD_DIM + channel[:, None], acc / total[None, :], mask=stored)
-    tl.store(lse_ptr + part, peak + tl.log2(total), mask=used)
+    divisor = tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + part[None, :] * HEAD_DIM + channel[:, None], acc / divisor[None, :], mask=stored)
+    tl.store(lse_ptr + part, tl.where(total == 0.0, -float("inf"), peak + tl.log2(divisor)), mask=used)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -152,13 +154,14 @@ def merge_fwd_kernel(
     lse_ptr,  # fp32 [B, H, parts, GROUP], base 2
     num_blocks_ptr,  # int32 [B]
     tail_lens_ptr,  # int32 [B]
-    out_ptr,  # [B, H * GROUP, D]
+    out_ptr,  # [B, H * GROUP, D]; of a share of a context [B, H * GROUP, D + 1], the last: as lse_ptr
     parts,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     WINDOW: tl.constexpr,
+    SHARE: tl.constexpr,  # whether the context is a share
 ):
     """Merges the parts of one query head. Twin: `reference.merge`."""
     query_head = tl.program_id(0).to(tl.int64)
@@ -189,7 +192,39 @@ def merge_fwd_kernel(
         total = total * decay + tl.sum(weights, axis=0)
         acc = acc * decay + tl.sum(outs * weights[:, None], axis=0)
         peak = new_peak
-    tl.store(out_ptr + (row * HEADS * GROUP + query_head) * HEAD_DIM + channel, acc / total, mask=exists)
+    out_row = out_ptr + (row * HEADS * GROUP + query_head) * (HEAD_DIM + SHARE)
+    if SHARE:
+        is_empty = total == 0.0
+        total = tl.where(is_empty, 1.0, total)
+        tl.store(out_row + HEAD_DIM, tl.where(is_empty, -float("inf"), peak + tl.log2(total)))
+    tl.store(out_row + channel, acc / total, mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_shares", "share_length"])
+def merge_shares_fwd_kernel(
+    shares_ptr,  # fp32 [R, rows, D + 1]
+    out_ptr,  # fp32 [rows, D]
+    num_shares,
+    share_length,
+    HEAD_DIM: tl.constexpr,
+):
+    """Merges the shares of one query head, in their order. Twin: `reference.ReferenceKernels.merge_shares`."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, padded_dim(HEAD_DIM))
+    exists = channel < HEAD_DIM
+    peak = LOWEST
+    for share in tl.range(0, num_shares):
+        lse = tl.load(shares_ptr + share * share_length + row * (HEAD_DIM + 1) + HEAD_DIM)
+        peak = tl.maximum(peak, lse)
+    total = 0.0
+    acc = tl.zeros([padded_dim(HEAD_DIM)], tl.float32)
+    for share in tl.range(0, num_shares):
+        part = shares_ptr + share * share_length + row * (HEAD_DIM + 1)
+        weight = tl.exp2(tl.load(part + HEAD_DIM) - peak)
+        total += weight
+        acc += weight * tl.load(part + channel, mask=exists, other=0.0)
+    total = tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * HEAD_DIM + channel, acc / total, mask=exists)
 
 
 def decode_attention(
@@ -203,6 +238,45 @@ def decode_attention(
     device: Device,
 ) -> Tensor:
     """`PackedKernels.decode_attention`. Never synchronizes; every launch has a shape fixed by the arguments' shapes."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    _attend(query, batch, out, layer=layer, scale=scale, window=window, softcap=softcap, device=device)
+    return out
+
+
+def share_attention(
+    query: Tensor, share: DecodeBatch, *, layer: int, scale: float, softcap: float | None, device: Device
+) -> Tensor:
+    """`PackedKernels.share_attention`; launches as `decode_attention`."""
+    rows, query_heads, head_dim = query.shape
+    out = query.new_empty(rows, query_heads, head_dim + 1, dtype=torch.float32)
+    _attend(query, share, out, layer=layer, scale=scale, window=None, softcap=softcap, device=device)
+    return out
+
+
+def merge_shares(shares: Tensor) -> Tensor:
+    """`PackedKernels.merge_shares`: one launch."""
+    num_shares, rows, query_heads, width = shares.shape
+    shares = shares.contiguous()
+    out = shares.new_empty(rows, query_heads, width - 1)
+    if out.numel():
+        merge_shares_fwd_kernel[(rows * query_heads,)](
+            shares, out, num_shares, shares.stride(0), HEAD_DIM=width - 1, **MERGE
+        )
+    return out
+
+
+def _attend(
+    query: Tensor,
+    batch: DecodeBatch,
+    out: Tensor,
+    *,
+    layer: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    device: Device,
+) -> None:
+    """The three kernels. `out` [B, Hq, D], or fp32 [B, Hq, D + 1] of a share of each context."""
     rows, query_heads, head_dim = query.shape
     pool = batch.layout.layer_pages(batch.pool, layer)
     heads = pool.shape[1]
@@ -215,7 +289,6 @@ def decode_attention(
     rule = {"WINDOW": window, "SOFTCAP": softcap or 0.0}
     pieces = max_pieces(batch.block_tables.shape[1] * block_tiles, window)
     query = query.contiguous()
-    out = torch.empty_like(query)
     partial = query.new_empty(rows, heads, 1 + pieces, group, head_dim, dtype=torch.float32)
     lse = query.new_empty(rows, heads, 1 + pieces, group, dtype=torch.float32)
     scale_log2 = scale * LOG2E
@@ -281,6 +354,6 @@ def decode_attention(
         HEAD_DIM=head_dim,
         BLOCK_TILES=block_tiles,
         WINDOW=window,
+        SHARE=int(out.shape[-1] > head_dim),
         **MERGE,
     )
-    return out

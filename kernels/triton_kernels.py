@@ -9,7 +9,7 @@ from kvferry.kernels import page
 from kvferry.kernels.packed import DecodeBatch, PackedPrefix
 from kvferry.kernels.page import PageFormat
 from kvferry.kernels.triton_chunk import chunk_attention
-from kvferry.kernels.triton_decode import decode_attention
+from kvferry.kernels.triton_decode import decode_attention, merge_shares, share_attention
 from kvferry.kernels.triton_launch import current_device
 from kvferry.kernels.triton_quantize import quantize_block
 
@@ -63,6 +63,15 @@ class TritonKernels:
             softcap=softcap,
             device=self._device,
         )
+
+    def share_attention(
+        self, query: Tensor, share: DecodeBatch, *, layer: int, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        _check_heads(query.shape[1], share.layout.num_kv_heads)
+        return share_attention(query, share, layer=layer, scale=scale, softcap=softcap, device=self._device)
+
+    def merge_shares(self, shares: Tensor) -> Tensor:
+        return merge_shares(shares)
 
     def chunk_attention(
         self,

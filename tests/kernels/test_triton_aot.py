@@ -18,7 +18,7 @@ from kvferry.kernels.machine_code import MachineCode, compile_kernels
 
 PLAIN = tuple(
     f"{kernel}-d{head_dim}"
-    for kernel in ("packed", "packed16", "tail", "merge", "chunk", "quantize")
+    for kernel in ("packed", "packed16", "tail", "merge", "shares", "chunk", "quantize")
     for head_dim in (64, 128)
 )
 DECODE = ("packed-d64", "packed-d128")
@@ -54,6 +54,7 @@ REGISTERS = {
     "packed16": 255,
     "tail": 128,
     "merge": 64,
+    "shares": 64,
     "chunk": 216,
     "chunk-d80": 232,
     "quantize": 168,

@@ -25,6 +25,7 @@ from kvferry.kernels.page import Packed, PageFormat
 from kvferry.kernels.presets import PRESETS
 from kvferry.kernels.reference import ReferenceKernels, dequantize_pages, quantize_pages
 from kvferry.kernels.spec import KVQuantSpec, LayerSpec, TensorSpec
+from support.context_shares import cut_batch
 
 SHARDS = 2
 """Processes for the interpreted cases."""
@@ -322,6 +323,38 @@ def check_decode_alone(device: torch.device, *, rule: Rule = NO_RULE) -> None:
         assert torch.equal(decode(query[one], alone, device, rule), together[one]), f"row {row}"
 
 
+def check_shares(
+    device: torch.device,
+    *,
+    head_dim: int,
+    group: int,
+    num_shares: int,
+    form: str = PLAIN,
+    block_size: int = 32,
+    contexts: list[tuple[list[int], int]] | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Shares of contexts, an empty one among them, each and merged, against the reference."""
+    layout = make_layout(head_dim, 2, form=form, block_size=block_size)
+    batch = make_batch(layout, contexts or [([2, 0, 3], 5), ([1], block_size), ([], 1)])
+    query = make_query(batch, group)
+    kernels, reference = triton_kernels(), ReferenceKernels()
+    options: Any = dict(layer=LAYER, scale=head_dim**-0.5, softcap=softcap)
+    got = []
+    for share in cut_batch(batch, num_shares):
+        got.append(kernels.share_attention(query.to(device), on_device(share, device), **options))
+        wanted = reference.share_attention(query, share, **options)
+        limit = TOLERANCE * wanted[..., :-1].abs().max().item()
+        torch.testing.assert_close(got[-1].cpu(), wanted, rtol=TOLERANCE, atol=limit)
+    merged = kernels.merge_shares(torch.stack(got))
+    wanted = reference.decode_attention(query, batch, **options)
+    torch.testing.assert_close(merged.cpu(), wanted, rtol=0.0, atol=TOLERANCE * wanted.abs().max().item())
+    none = torch.zeros_like(got[0])
+    none[..., -1] = -torch.inf
+    assert torch.equal(kernels.merge_shares(torch.stack([none, *got, none])), merged)
+    assert not kernels.merge_shares(none[None]).any()
+
+
 # Chunk
 
 
@@ -496,6 +529,13 @@ CASES: dict[str, Callable[[torch.device], None]] = {
     "decode-window-same-bits-alone": partial(check_decode_alone, rule=Rule(window=80)),
     "decode-softcap": partial(check_decode, head_dim=64, group=3, rule=Rule(softcap=2.0), key_factor=1.5),
     "decode-window-softcap": partial(check_decode, head_dim=128, group=4, rule=Rule(50, 30.0)),
+    "shares-d64": partial(check_shares, head_dim=64, group=3, num_shares=2),
+    "shares-d128-softcap": partial(check_shares, head_dim=128, group=4, num_shares=3, softcap=2.0),
+    "shares-d80": partial(check_shares, head_dim=80, group=1, num_shares=2, contexts=[([1, 0], 3)]),
+    "shares-kv2": partial(
+        check_shares, head_dim=64, group=3, num_shares=2, form="kv2", block_size=128, contexts=[([1, 0, 2], 3)]
+    ),
+    "shares-kv16": partial(check_shares, head_dim=64, group=2, num_shares=4, form="kv16", contexts=[([1, 0], 3)]),
     **{
         f"chunk-d{head_dim}-group{group}-{n}-tokens-{len(table)}-blocks": partial(
             check_chunk, head_dim=head_dim, group=group, n=n, table=table
