@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 
 import torch
@@ -13,6 +14,9 @@ from kvferry.decode.sequence import Sequence, TokenEvent
 from kvferry.kernels.sampling import finish_reason, sample
 
 logger = logging.getLogger(__name__)
+
+STEP_SMOOTHING = 0.1
+"""Weight of the newest step in `DecodeEngine.step_seconds`."""
 
 
 class DecodeEngine:
@@ -24,6 +28,8 @@ class DecodeEngine:
         self._running: list[Sequence] = []
         self._wake = threading.Condition()
         self._closing = False
+        self.step_seconds = 0.0
+        """What the last steps took, smoothed; 0 before the first."""
         self._thread = threading.Thread(target=self._loop, name="decode-engine", daemon=True)
         self._thread.start()
 
@@ -62,12 +68,16 @@ class DecodeEngine:
 
     def _loop(self) -> None:
         while sequences := self._gather():
+            started = time.monotonic()
             try:
                 self._step(sequences)
             except Exception as error:  # a failed step ends its sequences, not the worker
                 logger.exception("decode step failed")
                 for sequence in sequences:
                     self._fail(sequence, error)
+                continue
+            taken = time.monotonic() - started
+            self.step_seconds += (taken - self.step_seconds) * (STEP_SMOOTHING if self.step_seconds else 1.0)
         for sequence in (*self._running, *self._joining):
             self._fail(sequence, RuntimeError("the decode worker is shutting down"))
 

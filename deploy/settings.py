@@ -19,6 +19,9 @@ from pydantic_settings import (
 )
 
 from kvferry.deploy.memory_size import KVMemory
+from kvferry.deploy.operations_settings import LogSettings, MetricsSettings
+from kvferry.deploy.routing.policies import Policy
+from kvferry.deploy.routing.prefix import DEFAULT_INDEX_BYTES
 from kvferry.deploy.store_settings import Bytes, Port, Section, StoreSettings
 from kvferry.deploy.weight_quantization_names import WeightQuantization
 from kvferry.kernels.presets import DEFAULT_PRESET
@@ -33,6 +36,10 @@ class GatewaySettings(Section):
     max_queued: int = Field(256, ge=0)
     default_timeout_s: float = Field(600.0, gt=0)
     tenant: str = "default"
+    router: Policy = "prefix"
+    """Which workers a request goes to; see docs/routing.md."""
+    router_memory: Bytes = DEFAULT_INDEX_BYTES
+    """What the policy `prefix` may use to remember where blocks are."""
 
 
 class PrefillSettings(Section):
@@ -93,6 +100,8 @@ class Settings(BaseSettings):
     store: StoreSettings = StoreSettings()
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    log: LogSettings = LogSettings()
 
     @classmethod
     def load(cls, path: Path | None = None, **overrides: Any) -> Settings:

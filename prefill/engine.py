@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import NamedTuple
@@ -35,6 +36,22 @@ class _Pass(NamedTuple):
     finished: bool
 
 
+class EngineLoad(NamedTuple):
+    """What waits in an engine, without jobs that only warm the store, and how fast it goes."""
+
+    num_jobs: int
+    queued_tokens: int
+    queued_s: float
+    token_s: float
+    """Of a token without context; 0: nothing is measured yet."""
+    context_token_s: float
+    computed_tokens: int
+    """Since the start."""
+    compute_s: float
+    num_shared_blocks: int
+    """Taken from jobs that were here at the same time."""
+
+
 class PrefillEngine:
     """Runs prefill jobs pass by pass on the canonical grid; `Schedule` says whose turn it is.
 
@@ -49,6 +66,9 @@ class PrefillEngine:
         self._schedule: Schedule[PrefillJob] = Schedule()
         self._shared = SharedBlocks()
         self._speed = ComputeSpeed()
+        self._computed_tokens = 0
+        self._compute_s = 0.0
+        self._num_shared_blocks = 0
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="prefill-engine", daemon=True)
@@ -68,10 +88,33 @@ class PrefillEngine:
         return self._executor.vocab_size
 
     @property
+    def num_waiting(self) -> int:
+        """Submitted jobs that had no turn yet."""
+        with self._wake:
+            return sum(job.queue_seconds is None for job in self._schedule)
+
+    @property
     def seconds_left(self) -> float:
         """How long the submitted jobs will take, by the speed of the last passes; 0 before the first one."""
         with self._wake:
             return self._seconds_left()
+
+    @property
+    def load(self) -> EngineLoad:
+        """For whoever decides which worker gets the next prompt."""
+        with self._wake:
+            jobs = [job for job in self._schedule if not job.warm]
+            known = self._speed.is_known
+            return EngineLoad(
+                num_jobs=len(jobs),
+                queued_tokens=sum(job.num_left for job in jobs),
+                queued_s=self._seconds_of(jobs),
+                token_s=self._speed.token_s if known else 0.0,
+                context_token_s=self._speed.context_token_s if known else 0.0,
+                computed_tokens=self._computed_tokens,
+                compute_s=self._compute_s,
+                num_shared_blocks=self._num_shared_blocks,
+            )
 
     def seconds_for(self, first_token: int, end_token: int) -> float:
         """How long these tokens of a new prompt will take, by the speed of the last passes.
@@ -176,6 +219,8 @@ class PrefillEngine:
             num_tokens, tokens = self._compute(job, 1 if others_wait or job.warm else self._max_pass_blocks)
             seconds = time.monotonic() - started
             job.compute_seconds += seconds
+            self._computed_tokens += num_tokens
+            self._compute_s += seconds
             self._measure(begin, begin + num_tokens, seconds)
         finished = job.num_left == 0 or bool(tokens)
         if finished and not job.cancelled:
@@ -189,6 +234,7 @@ class PrefillEngine:
         limit = blocks.num_blocks if job.warm else (len(job.token_ids) - 1) // self.layout.block_size
         self._shared.take(job.keys, blocks, limit=limit)
         job.num_shared_blocks += blocks.num_ready - first
+        self._num_shared_blocks += blocks.num_ready - first
         self._finish_blocks(job, first)
 
     def _compute(self, job: PrefillJob, max_blocks: int) -> tuple[int, list[SampledToken]]:
@@ -234,9 +280,12 @@ class PrefillEngine:
             self._speed.measure(begin, end, seconds)
 
     def _seconds_left(self) -> float:
+        return self._seconds_of(self._schedule)
+
+    def _seconds_of(self, jobs: Iterable[PrefillJob]) -> float:
         if not self._speed.is_known:
             return 0.0
-        return sum(self._speed.seconds(len(job.token_ids) - job.num_left, len(job.token_ids)) for job in self._schedule)
+        return sum(self._speed.seconds(len(job.token_ids) - job.num_left, len(job.token_ids)) for job in jobs)
 
 
 def _ended(job: PrefillJob) -> bool:

@@ -142,6 +142,11 @@ class PrefillSession:
             self.pieces.close()
             self.pieces = None  # it knows this session, too
 
+    @property
+    def usage(self) -> PrefillUsage:
+        """What the request has cost so far."""
+        return self._usage
+
     async def next_event(self) -> Event:
         return await self._events.get()
 
