@@ -38,7 +38,8 @@ class Reservation:
 @dataclass(eq=False)
 class _Waiter:
     holder: Reservation
-    num_blocks: int
+    indices: Sequence[int]
+    """Of the blocks in their sequences."""
     num_slots: int
     keys: Sequence[bytes]
     granted: asyncio.Future[int | None]
@@ -84,18 +85,25 @@ class Admission:
 
     @asynccontextmanager
     async def reserve(
-        self, num_blocks: int, keys: Sequence[bytes], *, num_slots: int = 1, max_blocks: int = 0, priority: int = 0
+        self,
+        indices: Sequence[int],
+        keys: Sequence[bytes],
+        *,
+        num_slots: int = 1,
+        at_most: Sequence[int] = (),
+        priority: int = 0,
     ) -> AsyncIterator[Reservation]:
         """Waits for room; all that the request holds by then is freed when the context ends.
 
-        `num_blocks` to begin with, those of `keys` included; `max_blocks`: the most that it can grow to.
-        Raises WorkerFull or RequestTooLarge at once.
+        `indices` in their sequences of the blocks to begin with, first those of `keys`; `at_most`: of all that it can
+        grow to. Raises WorkerFull or RequestTooLarge at once.
         """
-        largest = max(num_blocks, max_blocks)
-        if largest > self.pool.num_blocks:
+        largest = max(map(self.pool.largest_share, (indices, at_most)))
+        if largest > self.pool.share_blocks:
+            shared = "" if self.pool.share_blocks == self.pool.num_blocks else " on its fullest rank"
             raise RequestTooLarge(
-                f"the request needs {largest} blocks and this worker's pool has "
-                f"{self.pool.num_blocks}: shorten it, or start the worker with more --kv-memory"
+                f"the request needs {largest} blocks{shared} and this worker's pool has "
+                f"{self.pool.share_blocks}: shorten it, or start the worker with more --kv-memory"
             )
         if num_slots > self._num_slots:
             raise RequestTooLarge(
@@ -103,7 +111,7 @@ class Admission:
                 "once: ask for fewer, or start the worker with a larger decode.max_num_seqs"
             )
         mine = Reservation(rank=(priority, next(self._arrivals)), keys=keys)
-        waiter = self._enqueue(self._waiting, mine, num_blocks, num_slots, keys)
+        waiter = self._enqueue(self._waiting, mine, indices, num_slots, keys)
         if not waiter.granted.done() and len(self._waiting) > self._max_waiting:
             self._waiting.remove(waiter)
             raise WorkerFull(f"{self._max_waiting} requests wait for room already; try again later")
@@ -135,9 +143,10 @@ class Admission:
         self._swappable[mine] = preempt
         self._serve()
 
-    async def grow(self, mine: Reservation) -> int:
-        """Waits for one block more; it is added to what the request holds. Cancel it when the request is preempted."""
-        waiter = self._enqueue(self._growing, mine, 1, 0, ())
+    async def grow(self, mine: Reservation, index: int) -> int:
+        """Waits for one block more, of this index in its sequence; it is added to what the request holds. Cancel it when
+        the request is preempted."""
+        waiter = self._enqueue(self._growing, mine, (index,), 0, ())
         try:
             block_id = await waiter.granted
         finally:
@@ -147,14 +156,14 @@ class Admission:
         assert block_id is not None
         return block_id
 
-    async def swap_out(self, mine: Reservation, *, num_blocks: int, num_slots: int) -> None:
-        """Gives everything back and waits, at the request's old rank, for room for `num_blocks` and `num_slots`.
+    async def swap_out(self, mine: Reservation, *, indices: Sequence[int], num_slots: int) -> None:
+        """Gives everything back and waits, at the request's old rank, for blocks of these indices and `num_slots`.
 
         Afterwards `mine` names the new slots and blocks, of which the `shared` ones have their content.
         """
         self.num_swaps += 1
         self._swappable.pop(mine, None)
-        waiter = self._enqueue(self._waiting, mine, num_blocks, num_slots, mine.keys, serve=False)
+        waiter = self._enqueue(self._waiting, mine, indices, num_slots, mine.keys, serve=False)
         self.release(mine)  # the request itself is in the queue by now: nobody of a lower rank goes before it
         try:
             await waiter.granted
@@ -167,14 +176,14 @@ class Admission:
         self,
         queue: list[_Waiter],
         holder: Reservation,
-        num_blocks: int,
+        indices: Sequence[int],
         num_slots: int,
         keys: Sequence[bytes],
         *,
         serve: bool = True,
     ) -> _Waiter:
         future: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(holder, num_blocks, num_slots, keys, future)
+        waiter = _Waiter(holder, indices, num_slots, keys, future)
         bisect.insort(queue, waiter, key=lambda w: w.rank)
         if serve:
             self._serve()
@@ -196,14 +205,14 @@ class Admission:
             return False
         shared = {i: block_id for i, key in enumerate(waiter.keys) if (block_id := self.pool.share(key)) is not None}
         try:
-            fresh = self.pool.allocate(waiter.num_blocks - len(shared))
+            fresh = self.pool.allocate([index for i, index in enumerate(waiter.indices) if i not in shared])
         except OutOfBlocks:
             self.pool.release(list(shared.values()))
             return False
         holder = waiter.holder
         if waiter.num_slots:
             rest = iter(fresh)
-            holder.block_ids = [shared[i] if i in shared else next(rest) for i in range(waiter.num_blocks)]
+            holder.block_ids = [shared[i] if i in shared else next(rest) for i in range(len(waiter.indices))]
             holder.shared = frozenset(shared)
             holder.slots = [self._slots.pop() for _ in range(waiter.num_slots)]
             waiter.granted.set_result(None)
@@ -218,9 +227,9 @@ class Admission:
         victims = list(self._swappable)
         if not growing:
             victims = [victim for victim in victims if victim.rank[0] > waiter.rank[0]]
-            num_blocks = sum(len(victim.block_ids) for victim in victims) + self.pool.num_available
+            given_back = [block_id for victim in victims for block_id in victim.block_ids]
             num_slots = sum(len(victim.slots) for victim in victims) + len(self._slots)
-            if num_blocks < waiter.num_blocks or num_slots < waiter.num_slots:
+            if not self.pool.has_room(waiter.indices, given_back=given_back) or num_slots < waiter.num_slots:
                 return  # displacing them all would not be enough
         if victims:
             victim = max(victims, key=lambda v: v.rank)

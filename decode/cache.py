@@ -19,11 +19,11 @@ class StepBatch:
 
     def __init__(self, whole: DecodeBatch, windowed: DecodeBatch | None) -> None:
         self.whole = whole
-        self._windowed = windowed
+        self.windowed = windowed
 
     def of_layer(self, layer: int) -> DecodeBatch:
         """The caches of one layer as the kernels take them."""
-        windowed = self._windowed
+        windowed = self.windowed
         if windowed is not None and windowed.layout.layers[layer].head_bytes:
             return windowed
         return self.whole
@@ -38,6 +38,8 @@ class PackedCache:
     sinks: fp16 [slot, layer, kv_head, K|V, sink_tokens, D]
     tails: fp16 [slot, layer, K|V, kv_head, block_size, D]
     """
+
+    num_shares = 1
 
     def __init__(
         self,

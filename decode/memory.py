@@ -41,7 +41,14 @@ class KVMemory(Protocol):
         ...
 
     @property
-    def num_blocks(self) -> int: ...
+    def num_blocks(self) -> int:
+        """Of all devices."""
+        ...
+
+    @property
+    def num_shares(self) -> int:
+        """Devices among which the blocks of a sequence are divided, as `BlockPool` says."""
+        ...
 
     def in_ring(self, block_index: int, num_blocks: int) -> bool:
         """Whether a sequence of `num_blocks` complete blocks still needs this one in its ring."""

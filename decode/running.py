@@ -132,7 +132,9 @@ class SequenceGroup:
         saved = await finish(asyncio.to_thread(self._cache.swap_out, self._held()))
         own = [s.num_blocks - prompt for s in live]
         spare = [s.num_blocks < self._max_blocks for s in live]
-        await self._admission.swap_out(self._room, num_blocks=prompt + sum(own) + sum(spare), num_slots=len(live))
+        counts = [prompt + num_own + has_spare for num_own, has_spare in zip(own, spare, strict=True)]
+        indices = [*range(prompt), *(index for count in counts for index in range(prompt, count))]
+        await self._admission.swap_out(self._room, indices=indices, num_slots=len(live))
         rest = iter(self._room.block_ids[prompt:])
         for sequence, slot, num_own, has_spare in zip(live, self._room.slots, own, spare, strict=True):
             sequence.slot = slot
@@ -169,7 +171,7 @@ class SequenceGroup:
             await self._changed.wait()
 
     async def _grow(self, sequence: Sequence) -> None:
-        self._engine.grant(sequence, await self._admission.grow(self._room))
+        self._engine.grant(sequence, await self._admission.grow(self._room, len(sequence.block_ids)))
 
     def _preempt(self) -> None:
         self._preempted = True

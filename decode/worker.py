@@ -62,7 +62,7 @@ class DecodeWorker:
         self._cache = cache
         self._store = store
         self._config = config
-        self._pool = BlockPool(cache.num_blocks, on_drop=cache.forget)
+        self._pool = BlockPool(cache.num_blocks, on_drop=cache.forget, num_shares=cache.num_shares)
         self.admission = Admission(self._pool, num_slots=config.max_num_seqs, max_waiting=config.max_waiting)
 
     async def generate(
@@ -89,10 +89,10 @@ class DecodeWorker:
         tail_bytes = len(token_ids) % namespace.block_size * self._cache.layout.bytes_per_token_bf16
         usage = RequestUsage()
         async with self.admission.reserve(
-            len(keys) + n * min(own_blocks, 1),
+            [*range(len(keys)), *(n * [len(keys)] if own_blocks else [])],
             keys,
             num_slots=n,
-            max_blocks=len(keys) + n * own_blocks,
+            at_most=[*range(len(keys)), *(n * list(range(len(keys), max_blocks)))],
             priority=priority,
         ) as room:
             usage.num_local_tokens = len(room.shared) * namespace.block_size

@@ -13,7 +13,8 @@ from kvferry.kernels.spec import KVQuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What to load and how to run it; the same for every worker of a deployment, but for `tensor_parallel`."""
+    """What to load and how to run it; the same for every worker of a deployment, but for how many ranks
+    it has."""
 
     model: str
     served_name: str | None = None
@@ -29,6 +30,8 @@ class ModelConfig:
     """0: the model's own window."""
     tensor_parallel: int = 1
     """Ranks that share the model, each a process."""
+    context_parallel: int = 1
+    """Ranks of a decode worker that divide each context between them; not together with `tensor_parallel`."""
 
     def to_message(self) -> dict[str, Any]:
         """For another process: strings, numbers and None."""

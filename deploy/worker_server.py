@@ -294,7 +294,7 @@ class WorkerServer:
     def _add_decode(self, server: grpc.aio.Server, config: DecodeConfig) -> worker_pb2.WorkerInfo:
         runtime = self._runtime
         plan = plan_kv_memory(
-            runtime.rank.share_of(config.kv_memory),
+            runtime.executors.share_of(config.kv_memory),
             runtime.rank.shard_layout,
             runtime.loaded.device,
             windows=runtime.windows,
@@ -307,7 +307,7 @@ class WorkerServer:
             engine=engine, cache=executor.memory, store=self._store, config=config
         )
         roles = ["decode"] if self._own_prefill is None else ["prefill", "decode"]
-        info = runtime.info(roles=roles, pool_blocks=plan.num_blocks)
+        info = runtime.info(roles=roles, pool_blocks=executor.memory.num_blocks)
         local_prefill = None
         if self._own_prefill is not None:
             self._add_prefill(server, self._own_prefill, info)

@@ -91,8 +91,9 @@ def load_runtime(tiny_model: Callable[[str], Path]) -> Callable[..., ModelRuntim
     def load(family: str = "llama", *, block_size: int = BLOCK_SIZE, **options: Any) -> ModelRuntime:
         options.setdefault("dtype", "float32")
         options.setdefault("spec", KVQuantSpec(block_size=block_size))
+        on_ranks_lost = options.pop("on_ranks_lost", pytest.fail)
         config = ModelConfig(model=str(tiny_model(family)), **options)
-        return ModelRuntime(config)
+        return ModelRuntime(config, on_ranks_lost=on_ranks_lost)
 
     return load
 

@@ -117,6 +117,14 @@ class ProcessGroup:
                 raise RuntimeError("not all ranks came to where they meet")
             time.sleep(MEETING_POLL_S)
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """Rank 0's `tensor`, contiguous, into that of all others, of the same shape and dtype."""
+        self._group.broadcast(tensor, 0).wait()
+
+    def gather(self, part: Tensor) -> Tensor:
+        """All ranks' `part`, equal in shape: [size, *part.shape]."""
+        return self._gather(part)
+
     def _gather(self, part: Tensor) -> Tensor:
         """[size, *part.shape]"""
         gathered = part.new_empty(self.size * part.numel())

@@ -70,6 +70,8 @@ class GroupMemory:
     """`KVMemory` on the leader. Bytes go to each rank in the stream of commands, only its own heads': they are in order
     with the steps that read them, and nobody has to say when a buffer is free again."""
 
+    num_shares = 1
+
     def __init__(self, group: RankGroup, rank: RankModel, own: PackedCache, number: int) -> None:
         self.layout: BlockLayout = rank.layout
         self.num_blocks = own.num_blocks

@@ -6,11 +6,9 @@ It executes what the leader sends until the leader ends it, or is gone.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,17 +20,14 @@ from kvferry.deploy.ranks.channel import Channel, pack
 from kvferry.deploy.ranks.collectives import ProcessGroup
 from kvferry.deploy.ranks.decode import DecodeFollower
 from kvferry.deploy.ranks.prefill import PrefillFollower
+from kvferry.deploy.ranks.pulse import answer_pulse
 
 logger = logging.getLogger(__name__)
-
-LEADER_GONE = 3
-"""Exit status."""
 
 
 def main(commands_fd: int, pulse_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the leader, too, and it says when to end
-    pulse = socket.socket(fileno=pulse_fd)
-    threading.Thread(target=_answer, args=(pulse,), name="pulse", daemon=True).start()
+    answer_pulse(pulse_fd)
     channel = Channel(socket.socket(fileno=commands_fd))
     channel.send(pack({"op": "hello"}))
     start = channel.receive()
@@ -52,19 +47,6 @@ def main(commands_fd: int, pulse_fd: int) -> None:
         part, _, name = op.partition(".")
         command: Callable[..., None] = getattr(parts[part], name)
         command(**message)
-
-
-def _answer(pulse: socket.socket) -> None:
-    """Tells the leader that this process lives, and ends it when the leader is gone, whatever else it is doing."""
-    while True:
-        try:
-            beats = pulse.recv(4096)
-            if beats:
-                pulse.sendall(beats)
-        except OSError:
-            beats = b""
-        if not beats:
-            os._exit(LEADER_GONE)
 
 
 if __name__ == "__main__":

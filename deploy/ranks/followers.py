@@ -32,7 +32,7 @@ END_S = 5.0
 class Follower:
     """One process and the sockets to it. Commands go through a thread, so that who sends never waits."""
 
-    def __init__(self, rank: int, *, visible_devices: str | None) -> None:
+    def __init__(self, rank: int, *, program: str, visible_devices: str | None) -> None:
         self.rank = rank
         commands, its_commands = socket.socketpair()
         self.pulse, its_pulse = socket.socketpair()
@@ -41,7 +41,7 @@ class Follower:
             environment["CUDA_VISIBLE_DEVICES"] = visible_devices
         fds = (its_commands.fileno(), its_pulse.fileno())
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "kvferry.deploy.ranks.follower", *map(str, fds)],
+            [sys.executable, "-P", "-m", program, *map(str, fds)],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             env=environment,
@@ -88,8 +88,15 @@ class Follower:
 class Followers:
     """All followers of one leader. `on_lost` is called once, on any thread, with the reason when one ends or hangs."""
 
-    def __init__(self, devices: Sequence[str | None], *, on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        devices: Sequence[str | None],
+        *,
+        on_lost: Callable[[str], None],
+        program: str = "kvferry.deploy.ranks.follower",
+    ) -> None:
         """Starts the ranks from 1 on; they wait for their first command. `devices`: `visible_devices`, of rank 0, too.
+        `program`: the module that they run.
 
         Raises RanksLost when one does not come up.
         """
@@ -98,7 +105,9 @@ class Followers:
         self._lock = threading.Lock()
         self._closing = False
         self._wake, self._woken = socket.socketpair()
-        self._followers = [Follower(rank, visible_devices=visible) for rank, visible in enumerate(devices) if rank > 0]
+        self._followers = [
+            Follower(rank, program=program, visible_devices=visible) for rank, visible in enumerate(devices) if rank > 0
+        ]
         self._watcher = threading.Thread(target=self._watch, name="rank-watcher", daemon=True)
         self._watcher.start()
         try:
@@ -123,6 +132,10 @@ class Followers:
         """To every follower its own: `message_for(rank)`."""
         for follower in self._followers:
             follower.send(pack(message_for(follower.rank)), (), None)
+
+    def send_to(self, rank: int, message: dict[str, Any]) -> None:
+        """To one follower."""
+        self._followers[rank - 1].send(pack(message), (), None)
 
     def lost(self, reason: str) -> None:
         """The group is broken: followers are ended and the worker is told."""

@@ -28,7 +28,7 @@ class Request:
         self.task = asyncio.create_task(self._run(admission, num_blocks, keys or []))
 
     async def _run(self, admission: Admission, num_blocks: int, keys: list[bytes]) -> None:
-        async with admission.reserve(num_blocks, keys) as self.reservation:
+        async with admission.reserve(range(num_blocks), keys) as self.reservation:
             await self.leaving
 
     @property
@@ -62,7 +62,7 @@ async def assert_all_free(admission: Admission, num_slots: int) -> None:
     assert (pool.num_used, pool.num_available) == (0, pool.num_blocks)
     async with AsyncExitStack() as stack, asyncio.timeout(5):
         sizes = [pool.num_blocks - num_slots + 1] + [1] * (num_slots - 1)
-        held = [await stack.enter_async_context(admission.reserve(size, [])) for size in sizes]
+        held = [await stack.enter_async_context(admission.reserve(range(size), [])) for size in sizes]
         assert sorted(r.slots[0] for r in held) == list(range(num_slots))
         assert sorted(b for r in held for b in r.block_ids) == list(range(pool.num_blocks))
     assert (admission.num_waiting, pool.num_used) == (0, 0)
@@ -88,7 +88,7 @@ def make(num_blocks: int = 8, num_slots: int = 4, max_waiting: int = 16) -> Admi
 
 async def test_reserves_a_slot_and_blocks() -> None:
     admission = make()
-    async with admission.reserve(3, []) as one, admission.reserve(2, []) as other:
+    async with admission.reserve(range(3), []) as one, admission.reserve(range(2), []) as other:
         assert (len(one.block_ids), len(other.block_ids)) == (3, 2)
         assert len({*one.block_ids, *other.block_ids}) == 5
         assert one.slots != other.slots
@@ -176,7 +176,7 @@ async def test_full_at_the_limit(start: Callable[..., Request]) -> None:
     first, second = start(admission), start(admission)
     await settle()
     with pytest.raises(WorkerFull, match="2 requests wait"):
-        async with admission.reserve(1, []):
+        async with admission.reserve(range(1), []):
             pytest.fail("there is no room")
     assert admission.num_waiting == 2
     await first.leave("cancel")
@@ -197,7 +197,7 @@ async def test_without_a_queue_there_is_still_room(start: Callable[..., Request]
     await settle()
     assert running.admitted
     with pytest.raises(WorkerFull):
-        async with admission.reserve(1, []):
+        async with admission.reserve(range(1), []):
             pytest.fail("there is no room")
     await running.leave()
     await assert_all_free(admission, 1)
@@ -227,7 +227,7 @@ async def test_a_request_that_never_fits_is_refused_at_once(start: Callable[...,
     start(admission, 8)
     await settle()  # even when the queue is full: trying again later would not help
     with pytest.raises(RequestTooLarge, match=r"needs 9 blocks and this worker's pool has 8.*--kv-memory"):
-        async with admission.reserve(9, []):
+        async with admission.reserve(range(9), []):
             pytest.fail("there is no room")
     assert admission.num_waiting == 1
 
@@ -257,10 +257,10 @@ async def test_shared_blocks_count_once(start: Callable[..., Request]) -> None:
 
 async def test_a_hole_in_the_shared_blocks_gets_a_fresh_one() -> None:
     admission = make(num_blocks=6)
-    async with admission.reserve(3, KEYS[:3]) as first:
+    async with admission.reserve(range(3), KEYS[:3]) as first:
         admission.pool.publish(first.block_ids[0], KEYS[0])
         admission.pool.publish(first.block_ids[2], KEYS[2])
-        async with admission.reserve(4, KEYS[:3]) as second:
+        async with admission.reserve(range(4), KEYS[:3]) as second:
             assert second.shared == {0, 2}
             assert second.block_ids[0] == first.block_ids[0]
             assert second.block_ids[2] == first.block_ids[2]
@@ -296,7 +296,7 @@ async def test_no_leak_in_200_random_reservations() -> None:
     async def request(number: int) -> None:
         keys = KEYS[: rng.randint(0, 8)]
         num_blocks_wanted = len(keys) + rng.randint(0, 4)
-        async with admission.reserve(num_blocks_wanted, keys) as mine:
+        async with admission.reserve(range(num_blocks_wanted), keys) as mine:
             for other in holders.values():
                 assert set(other.slots).isdisjoint(mine.slots)
                 fresh = {b for i, b in enumerate(mine.block_ids) if i not in mine.shared}
@@ -335,9 +335,9 @@ async def test_growing_ends_with_the_request() -> None:
     """Room that comes free after a request has left does not go to its growth: nobody would give it back."""
     admission = make(num_blocks=2, num_slots=2)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(admission.reserve(1, []))
-        async with admission.reserve(1, [], max_blocks=2) as mine:
-            growth = asyncio.create_task(admission.grow(mine))
+        await stack.enter_async_context(admission.reserve(range(1), []))
+        async with admission.reserve(range(1), [], at_most=range(2)) as mine:
+            growth = asyncio.create_task(admission.grow(mine, 1))
             await settle()
             assert not growth.done()
         await settle()

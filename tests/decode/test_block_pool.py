@@ -37,9 +37,9 @@ class _Model(RuleBasedStateMachine):
         free = self._free()
         if count > len(free) + len(self.cached):
             with pytest.raises(OutOfBlocks, match=f"{count} blocks wanted"):
-                self.pool.allocate(count)
+                self.pool.allocate(range(count))
             return
-        taken = self.pool.allocate(count)
+        taken = self.pool.allocate(range(count))
         assert len(set(taken)) == len(taken) == count
         num_free = min(count, len(free))
         evicted = self.cached[: count - num_free]
@@ -107,7 +107,7 @@ class _Model(RuleBasedStateMachine):
         while self.held:
             self._release(self.held.pop())
         num_free = len(self._free())
-        taken = self.pool.allocate(_NUM_BLOCKS)
+        taken = self.pool.allocate(range(_NUM_BLOCKS))
         assert sorted(taken) == list(range(_NUM_BLOCKS))
         assert taken[num_free:] == self.cached
         assert all(self.pool.share(key) is None for key in _KEYS)
@@ -120,7 +120,7 @@ TestModel = _Model.TestCase
 
 def chain(pool: BlockPool, keys: list[bytes]) -> list[int]:
     """Blocks under `keys`, used."""
-    block_ids = pool.allocate(len(keys))
+    block_ids = pool.allocate(range(len(keys)))
     for block_id, key in zip(block_ids, keys, strict=True):
         pool.publish(block_id, key)
     return block_ids
@@ -137,7 +137,7 @@ def found(pool: BlockPool, keys: list[bytes]) -> list[bool]:
 def test_a_chain_is_evicted_from_its_end(wanted: int) -> None:
     pool = BlockPool(4)
     pool.release(chain(pool, _KEYS[:4]))
-    pool.allocate(wanted)
+    pool.allocate(range(wanted))
     assert found(pool, _KEYS[:4]) == [index < 4 - wanted for index in range(4)]
 
 
@@ -147,27 +147,27 @@ def test_the_chain_that_was_used_last_stays() -> None:
     pool.release(old)
     pool.release(new)
     pool.release([pool.share(key) for key in _KEYS[:2]])  # type: ignore[misc]  # `old` is the newer one now
-    assert pool.allocate(2) == [new[1], new[0]]
+    assert pool.allocate(range(2)) == [new[1], new[0]]
     assert found(pool, _KEYS[:4]) == [True, True, False, False]
 
 
 def test_free_blocks_go_before_cached_ones() -> None:
     pool = BlockPool(3)
     pool.release(chain(pool, _KEYS[:1]))
-    pool.allocate(2)
+    pool.allocate(range(2))
     assert found(pool, _KEYS[:1]) == [True]
 
 
 def test_out_of_blocks_takes_nothing() -> None:
     pool = BlockPool(4)
-    held = pool.allocate(1)
+    held = pool.allocate(range(1))
     pool.release(chain(pool, _KEYS[:2]))
     with pytest.raises(OutOfBlocks, match="4 blocks wanted, 3 available"):
-        pool.allocate(4)
+        pool.allocate(range(4))
     pool.check_integrity()
     assert (pool.num_used, pool.num_available) == (1, 3)
     assert found(pool, _KEYS[:2]) == [True, True]
-    assert set(pool.allocate(3)).isdisjoint(held)
+    assert set(pool.allocate(range(3))).isdisjoint(held)
 
 
 def test_a_used_block_is_never_evicted() -> None:
@@ -176,29 +176,29 @@ def test_a_used_block_is_never_evicted() -> None:
     pool.release(block_ids)
     assert pool.share(_KEYS[2]) == block_ids[2]  # the one that would go first
     assert pool.share(_KEYS[2]) == block_ids[2]
-    assert set(pool.allocate(2)) == {block_ids[0], block_ids[1]}
+    assert set(pool.allocate(range(2))) == {block_ids[0], block_ids[1]}
     with pytest.raises(OutOfBlocks):
-        pool.allocate(1)
+        pool.allocate(range(1))
     pool.release([block_ids[2]])
     with pytest.raises(OutOfBlocks):  # the other user still has it
-        pool.allocate(1)
+        pool.allocate(range(1))
     pool.release([block_ids[2]])
-    assert pool.allocate(1) == [block_ids[2]]
+    assert pool.allocate(range(1)) == [block_ids[2]]
 
 
 def test_the_first_block_under_a_key_stays() -> None:
     pool = BlockPool(2)
-    first, second = pool.allocate(2)
+    first, second = pool.allocate(range(2))
     pool.publish(first, _KEYS[0])
     pool.publish(second, _KEYS[0])
     assert pool.share(_KEYS[0]) == first
     pool.release([first, first, second])
-    assert pool.allocate(2) == [second, first]  # the second one has no key, so it is free and goes before
+    assert pool.allocate(range(2)) == [second, first]  # the second one has no key, so it is free and goes before
 
 
 def test_a_block_keeps_its_key() -> None:
     pool = BlockPool(1)
-    [block_id] = pool.allocate(1)
+    [block_id] = pool.allocate(range(1))
     pool.publish(block_id, _KEYS[0])
     pool.publish(block_id, _KEYS[1])
     assert pool.share(_KEYS[1]) is None
@@ -208,7 +208,7 @@ def test_a_block_keeps_its_key() -> None:
 
 def test_a_block_that_nobody_uses_cannot_be_published_or_released() -> None:
     pool = BlockPool(2)
-    [block_id] = pool.allocate(1)
+    [block_id] = pool.allocate(range(1))
     pool.release([block_id])
     with pytest.raises(AssertionError):
         pool.publish(block_id, _KEYS[0])
@@ -221,12 +221,12 @@ def test_a_block_that_nobody_uses_cannot_be_published_or_released() -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda pool: pool._free.append(pool._free[0]),
-        lambda pool: pool._free.append(0),  # used
-        lambda pool: pool._free.pop(),
-        lambda pool: pool._free.append(2),  # evictable
-        lambda pool: pool._evictable.update({0: None}),  # used
-        lambda pool: pool._evictable.pop(2),
+        lambda pool: pool._free[0].append(pool._free[0][0]),
+        lambda pool: pool._free[0].append(0),  # used
+        lambda pool: pool._free[0].pop(),
+        lambda pool: pool._free[0].append(2),  # evictable
+        lambda pool: pool._evictable[0].update({0: None}),  # used
+        lambda pool: pool._evictable[0].pop(2),
         lambda pool: pool._ref_counts.pop(0),
         lambda pool: pool._ref_counts.update({0: 0}),
         lambda pool: pool._key_of_id.pop(2),
@@ -239,10 +239,31 @@ def test_a_block_that_nobody_uses_cannot_be_published_or_released() -> None:
 def test_check_integrity_sees_damage(damage: Callable[[BlockPool], object]) -> None:
     pool = BlockPool(5)
     used = chain(pool, _KEYS[:1])
-    plain = pool.allocate(1)
+    plain = pool.allocate(range(1))
     pool.release(chain(pool, _KEYS[1:2]))
     pool.check_integrity()
-    assert (used, plain, list(pool._evictable), list(pool._free)) == ([0], [1], [2], [3, 4])
+    assert (used, plain, list(pool._evictable[0]), list(pool._free[0])) == ([0], [1], [2], [3, 4])
     damage(pool)
     with pytest.raises(AssertionError):
         pool.check_integrity()
+
+
+def test_blocks_of_several_devices() -> None:
+    """Each device has its own room, and evicts its own blocks only."""
+    pool = BlockPool(6, num_shares=2)
+    held = pool.allocate(range(3))
+    assert [block_id % 2 for block_id in held] == [0, 1, 0]
+    assert pool.has_room([1, 3, 0]) and not pool.has_room([0, 2])
+    assert pool.has_room([0, 2], given_back=held[:1]) and not pool.has_room([0, 2], given_back=held[1:2])
+    with pytest.raises(OutOfBlocks):
+        pool.allocate([1, 0, 2])
+    assert pool.num_available == 3
+    for block_id, key in zip(held, _KEYS, strict=False):
+        pool.publish(block_id, key)
+    pool.release(held)
+    pool.check_integrity()
+    rest = pool.allocate([1, 3, 5])
+    assert [pool.share(key) for key in _KEYS[:3]] == [held[0], None, held[2]]
+    pool.release(rest)
+    pool.check_integrity()
+    assert (pool.largest_share(range(7)), pool.share_blocks) == (4, 3)

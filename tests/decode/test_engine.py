@@ -208,7 +208,7 @@ async def test_a_cancelled_request_keeps_its_room_while_a_step_uses_it(
         return batch(**arguments)
 
     async def decode() -> None:
-        async with inside.admission.reserve(1, []) as mine:
+        async with inside.admission.reserve([0], []) as mine:
             group = SequenceGroup(
                 engine=inside.engine,
                 cache=inside.cache,
@@ -356,7 +356,7 @@ async def test_a_released_sequence_is_not_touched_again(workers: Any, monkeypatc
             released.set()
 
     monkeypatch.setattr(inside.cache, "batch", break_third)
-    async with inside.admission.reserve(1, []) as mine:
+    async with inside.admission.reserve([0], []) as mine:
         slots = list(mine.slots)
         sequence = one_token_prompt(mine, Listener())
         inside.engine.add(sequence)

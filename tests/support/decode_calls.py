@@ -26,6 +26,10 @@ class Inside:
     cache: PackedCache
     admission: Admission
 
+    @property
+    def num_slots(self) -> int:
+        return self.admission._num_slots
+
     @classmethod
     def of(cls, workers: Any) -> Inside:
         engine, servicer = workers.decode_server._decode
@@ -36,7 +40,7 @@ class Inside:
         admission = self.admission
         counts = {
             "blocks": admission.pool.num_used,
-            "slots": self.cache.tails.shape[0] - len(admission._slots),
+            "slots": self.num_slots - len(admission._slots),
             "waiting": admission.num_waiting,
             "growing": len(admission._growing),
             "swappable": len(admission._swappable),
@@ -53,7 +57,7 @@ class Inside:
         except TimeoutError:
             pytest.fail(f"still in use after {ROOM_S} s: {self.leftovers()}")
         self.admission.pool.check_integrity()
-        assert sorted(self.admission._slots) == list(range(self.cache.tails.shape[0]))
+        assert sorted(self.admission._slots) == list(range(self.num_slots))
 
 
 def request(workers: Any, prompt: list[int], **changes: Any) -> worker_pb2.DecodeRequest:

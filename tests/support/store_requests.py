@@ -68,7 +68,7 @@ class Requests:
         inside = Inside.of(self._workers)
         await inside.assert_all_free()
         pool = inside.admission.pool  # which forgets the prefix: the next request fetches it again
-        pool.release(pool.allocate(pool.num_available))
+        pool.release(pool.allocate(range(pool.num_available)))
         return answer
 
     @property
