@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -13,15 +13,23 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from kvferry.deploy.config import GatewayConfig, ModelLimits
 from kvferry.deploy.gateway import SERVICE, Gateway
 from kvferry.deploy.interceptor import EdgeInterceptor
-from kvferry.deploy.membership import Membership, StaticMembership
+from kvferry.deploy.membership import Lease, Membership, StaticMembership
 from kvferry.deploy.prompt import Tokenizer
 from kvferry.deploy.router import LeastOutstanding, Router
 from kvferry.deploy.worker_pool import WorkerPool
-from kvferry.proto import inference_pb2_grpc
+from kvferry.proto import gateway_pb2, gateway_pb2_grpc, inference_pb2_grpc
 from kvferry.proto.grpc_options import server_options
 
 # A prompt just over its limit still gets our sentence; a message beyond this is refused by gRPC, unread.
 _MESSAGE_OVERHEAD_BYTES = 2**20
+
+
+class _Stats(gateway_pb2_grpc.GatewayServicer):
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def Stats(self, request: gateway_pb2.StatsRequest, context: Any) -> gateway_pb2.GatewayStats:
+        return self._gateway.stats()
 
 
 class GatewayServer:
@@ -77,6 +85,7 @@ class GatewayServer:
             options=server_options(max_receive_bytes=limits.max_prompt_bytes + _MESSAGE_OVERHEAD_BYTES),
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(self._gateway, server)
+        gateway_pb2_grpc.add_GatewayServicer_to_server(_Stats(self._gateway), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self._update_health()
         try:
@@ -87,6 +96,15 @@ class GatewayServer:
         await server.start()
         self._server = server
         return port
+
+    def use_lease(self, lease: Lease) -> None:
+        """Whose epoch `stats` tells."""
+        self._gateway.use_lease(lease)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Says NOT_SERVING, refuses new requests, waits for the running ones; see `Gateway.drain`."""
+        await self._health.enter_graceful_shutdown()
+        return await self._gateway.drain(timeout_s)
 
     async def stop(self, grace: float | None = None) -> None:
         """Says NOT_SERVING, takes no new requests, gives running ones `grace` seconds, then ends them."""

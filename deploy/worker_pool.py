@@ -29,6 +29,7 @@ class PooledWorker:
     def __init__(self, address: str) -> None:
         self.address = address
         self.info: worker_pb2.WorkerInfo | None = None  # None: not usable now, because of `problem`
+        self.last_info: worker_pb2.WorkerInfo | None = None  # the last answer, whether usable or not
         self.problem = "has not answered yet"
         self.num_outstanding = 0
         self.last_used = 0
@@ -95,10 +96,13 @@ class PooledWorker:
                 self.problem = f"does not answer ({error.code().name})"
             return
         self._num_silent_polls = 0
+        self.last_info = info
         if info.model_name != model_name:
             self.info, self.problem = None, f"serves model {info.model_name!r}"
         elif not info.HasField("identity"):
             self.info, self.problem = None, "does not say what identity its model has"
+        elif info.draining:
+            self.info, self.problem = None, "is about to end"
         elif tokenizer_digest and info.identity.tokenizer_digest != tokenizer_digest:
             self.info, self.problem = None, "has another tokenizer than the gateway"
         else:
