@@ -101,9 +101,13 @@ class GatewayServer:
         """Whose epoch `stats` tells."""
         self._gateway.use_lease(lease)
 
+    async def begin_drain(self) -> None:
+        """Health goes NOT_SERVING; requests are still taken."""
+        await self._health.enter_graceful_shutdown()
+
     async def drain(self, timeout_s: float) -> bool:
         """Says NOT_SERVING, refuses new requests, waits for the running ones; see `Gateway.drain`."""
-        await self._health.enter_graceful_shutdown()
+        await self.begin_drain()
         return await self._gateway.drain(timeout_s)
 
     async def stop(self, grace: float | None = None) -> None:

@@ -252,13 +252,17 @@ class WorkerServer:
         for attempts in self._attempts():
             attempts.end_all(reason)
 
+    async def begin_drain(self) -> None:
+        """Health goes NOT_SERVING, and gateways hear that they should send nothing more; what they send is taken."""
+        self._info.draining = True
+        await self._health.enter_graceful_shutdown()
+
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new requests and says so; waits until the running ones, and publishing, have ended. False when
         `timeout_s` was not enough: what still runs then is ended with UNAVAILABLE."""
-        self._info.draining = True
+        await self.begin_drain()
         for attempts in self._attempts():
             attempts.draining = True
-        await self._health.enter_graceful_shutdown()
         end = time.monotonic() + timeout_s
         idle = [await attempts.until_idle(end - time.monotonic()) for attempts in self._attempts()]
         prefill = self.prefill_servicer
