@@ -25,6 +25,7 @@ from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.cli_prefetch import prefetch_prompt
 from kvferry.deploy.cli_prefill import bench_prefill_command
+from kvferry.deploy.cli_processes import register as register_processes
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.prefix.commands import prefix
 from kvferry.deploy.settings import Settings
@@ -56,6 +57,7 @@ bench.command("router")(bench_router_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(prefix, name="prefix")
+register_processes(app)
 
 STATIC_TARGETS = ("sm_80", "sm_90")
 
