@@ -51,12 +51,12 @@ class RouterPlan:
     block_size: int | None = None
     num_prefill: int = 3
     num_decode: int = 2
-    num_documents: int = 6
-    num_requests: int = 24
+    num_documents: int = 8
+    num_requests: int = 40
     document_tokens: int = 512
     question_tokens: int = 24
     output_tokens: int = 4
-    request_rate: float = 1.0
+    request_rate: float = 4.0
     rounds: int = 3
     seed: int = 0
     store: bool = True
@@ -226,7 +226,7 @@ async def _start_workers(plan: RouterPlan, stack: AsyncExitStack) -> tuple[list[
         "store": store,
         "cache_bytes": plan.cache_bytes if store else None,
     }
-    addresses = {}
+    addresses: dict[tuple[str, int], str] = {}
     # Two at a time: each tries the kernels when it starts, and finds other things on a machine that is overrun.
     for first in range(0, len(names), 2):
         pair = names[first : first + 2]
