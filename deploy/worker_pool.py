@@ -189,8 +189,11 @@ class WorkerPool:
         return [worker for address in addresses if (worker := self._workers.get(address)) and worker.has_role(role)]
 
     async def _poll_forever(self, worker: PooledWorker) -> None:
+        load: asyncio.Task[None] | None = None
         try:
             while True:
+                if load is None or load.done():  # beside Describe: news of a lost worker wait for nothing
+                    load = asyncio.create_task(worker.poll_load(timeout=self._poll_timeout_s))
                 before = worker.info
                 await worker.poll(
                     model_name=self._model_name, tokenizer_digest=self._tokenizer_digest, timeout=self._poll_timeout_s
@@ -199,8 +202,6 @@ class WorkerPool:
                     self._candidates = None
                     _log_change(worker)
                     await self._on_change()
-                if worker.info is not None:
-                    await worker.poll_load(timeout=self._poll_timeout_s)
                 worker.poll_now.clear()
                 try:
                     async with asyncio.timeout(self._poll_interval_s):
@@ -208,6 +209,9 @@ class WorkerPool:
                 except TimeoutError:
                     pass
         finally:
+            if load is not None:
+                load.cancel()
+                await asyncio.gather(load, return_exceptions=True)
             await worker.channel.close(_LEAVING_GRACE_S)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvferry.deploy.bench_router.real import RouterPlan
     from kvferry.deploy.routing.policies import Policy
 
-REAL_REQUESTS, REAL_RATE = 40, 4.0
+REAL_REQUESTS, REAL_RATE = 30, 1.5
 SIMULATED_REQUESTS, SIMULATED_RATE = 2000, 8.0
 
 
@@ -26,15 +26,15 @@ def bench_router_command(
         list[str] | None, typer.Option(help="prefix, least-loaded or round-robin; may be repeated. Default: all.")
     ] = None,
     model: Annotated[str, typer.Option("--model", help='Hugging Face folder, .gguf file, hub id, or "demo".')] = "demo",
-    documents: Annotated[int, typer.Option(min=1, help="Shared beginnings, new ones in each round.")] = 8,
+    documents: Annotated[int, typer.Option(min=1, help="Shared beginnings, new ones in each round.")] = 5,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Of each policy in each round; default 40, simulated 2000.")
+        int | None, typer.Option(min=1, help="Of each policy in each round; default 30, simulated 2000.")
     ] = None,
-    document_len: Annotated[int, typer.Option(min=2, help="Tokens of a document.")] = 512,
+    document_len: Annotated[int, typer.Option(min=2, help="Tokens of a document.")] = 1024,
     question_len: Annotated[int, typer.Option(min=1, help="Tokens after it.")] = 24,
     output_len: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 4,
     request_rate: Annotated[
-        float | None, typer.Option(min=0.01, help="Requests a second, a Poisson process; default 4, simulated 8.")
+        float | None, typer.Option(min=0.01, help="Requests a second, a Poisson process; default 1.5, simulated 8.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="The policies take turns, round by round.")] = 3,
     block_size: Annotated[int | None, typer.Option(help="Tokens; default: the preset's.")] = None,
