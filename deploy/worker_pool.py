@@ -229,17 +229,18 @@ class WorkerPool:
         """Until the worker is not listed and none of its requests runs. Silence is found within
         poll_interval_s + 2 * poll_timeout_s: after a missed poll the next one begins at once."""
         leaving_since = None
+        load: asyncio.Task[None] | None = None
         try:
             while worker.is_listed or worker.num_outstanding:
                 if not worker.is_listed:
                     leaving_since = leaving_since or time.monotonic()
                     if time.monotonic() > leaving_since + _LEAVING_GRACE_S:
                         return
+                if load is None or load.done():  # beside Describe: news of a lost worker wait for nothing
+                    load = asyncio.create_task(worker.poll_load(timeout=self._poll_timeout_s))
                 before = worker.info
-                timeout = self._poll_timeout_s
-                await asyncio.gather(  # together, so that a silent worker is found no later
-                    worker.poll(model_name=self._model_name, tokenizer_digest=self._tokenizer_digest, timeout=timeout),
-                    worker.poll_load(timeout=timeout),
+                await worker.poll(
+                    model_name=self._model_name, tokenizer_digest=self._tokenizer_digest, timeout=self._poll_timeout_s
                 )
                 if worker.info != before:
                     self._candidates = None
@@ -256,6 +257,8 @@ class WorkerPool:
                 except TimeoutError:
                     pass
         finally:
+            if load is not None:
+                load.cancel()
             await worker.channel.close(_LEAVING_GRACE_S)
 
     def _give_up(self, worker: PooledWorker) -> None:
