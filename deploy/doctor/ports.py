@@ -94,7 +94,7 @@ def _taken(wanted: WantedPort, topic: str) -> Finding:
 
 
 def _holder(port: int) -> tuple[int | None, str]:
-    """Process id and command of who listens there; None where this user may not see it. Arguments are not told: they
+    """Process id and name of who listens there; None where this user may not see it. Its arguments are not told: they
     may hold a password."""
     try:
         connections = psutil.net_connections(kind="tcp")
@@ -105,9 +105,9 @@ def _holder(port: int) -> tuple[int | None, str]:
         if listens and connection.pid:
             try:
                 process = psutil.Process(connection.pid)
-                words = process.cmdline()[:3]
-                command = " ".join(word.rsplit("/", 1)[-1] for word in words if not word.startswith("-"))
-                return connection.pid, command or process.name()
+                words = process.cmdline()
+                module = f" -m {words[words.index('-m') + 1]}" if "-m" in words[:-1] else ""
+                return connection.pid, process.name() + module
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 return connection.pid, "of another user"
     return None, ""
