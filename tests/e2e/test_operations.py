@@ -297,6 +297,19 @@ def _alert_queries() -> list[str]:
     return [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
 
 
+def test_every_metric_is_documented(served: Served) -> None:
+    documented = set(re.findall(r"^\| `(kvferry_\w+)`", (ROOT / "docs/operations.md").read_text(), re.MULTILINE))
+    told = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for process in PROCESSES
+        for family in text_string_to_metric_families(served.scrape(process))
+        if family.name.startswith("kvferry_")
+    }
+    assert told <= documented, told - documented
+    elsewhere = {"kvferry_worker_cache_bytes", "kvferry_worker_cache_hits_total"}
+    assert documented - told == elsewhere, documented - told
+
+
 def test_scrape_config_has_the_default_ports() -> None:
     scraped = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
     targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in scraped}
