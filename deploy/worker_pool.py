@@ -259,6 +259,7 @@ class WorkerPool:
         finally:
             if load is not None:
                 load.cancel()
+                await asyncio.gather(load, return_exceptions=True)
             await worker.channel.close(_LEAVING_GRACE_S)
 
     def _give_up(self, worker: PooledWorker) -> None:
