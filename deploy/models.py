@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,16 +88,23 @@ def find_model(reference: str) -> ModelSource:
 
 
 def load_model(
-    source: ModelSource, *, device: torch.device, dtype: torch.dtype, weight_quantization: str = "none"
+    source: ModelSource,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_quantization: str = "none",
+    shard: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> LoadedModel:
-    """Loads weights onto `device`, quantized as `quantize_weights` does. Raises UnsupportedModel by name."""
+    """Loads weights onto `device`, quantized as `quantize_weights` does, and cut down by `shard`; the digest is the
+    whole model's. Raises UnsupportedModel by name."""
     config = AutoConfig.from_pretrained(source.path)
     check_supported(config)
     check_not_quantized(config)
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, use_safetensors=True)
-    model = model.to(device)
     quantize_weights(model, weight_quantization, device)
     digest = weights_digest(model)
+    shard(model)
+    model = model.to(device)
     prepack(model, device, dtype)
     return LoadedModel(source, TransformersModel(model), digest, device, weight_bytes(model))
 

@@ -10,7 +10,7 @@ from kvferry.deploy.settings import Settings
 
 
 def deep_findings(settings: Settings) -> Iterator[Finding]:
-    from kvferry.deploy.app import model_config
+    from kvferry.deploy.assembly import model_config
     from kvferry.deploy.worker_server import ModelRuntime
 
     started = time.monotonic()

@@ -11,8 +11,8 @@ import torch
 
 from kvferry.deploy.bench_kernels import cpu_name
 from kvferry.deploy.doctor.finding import Finding, Status, gib
+from kvferry.deploy.model_config import resolve_dtype
 from kvferry.deploy.row_invariance import linears_keep_rows
-from kvferry.deploy.worker_server import resolve_dtype
 from kvferry.kernels.dispatch import select_kernels
 
 HEAD_DIMS = (64, 80, 96, 128, 256)

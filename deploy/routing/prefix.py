@@ -81,7 +81,7 @@ class PrefixRouter:
         return min(choices, key=lambda choice: choice[0])[1]
 
     def _pick_of(self, group: Group[W], request: RoutedRequest, now: float) -> tuple[float, Route[W]]:
-        info = group.decodes[0].info or worker_pb2.WorkerInfo()
+        info = (group.prefills or group.decodes)[0].info or worker_pb2.WorkerInfo()
         size = info.block_size
         keys = chain_of(info, request)
         num_tokens = len(request.token_ids)
