@@ -27,10 +27,17 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _port_or_off(text: str) -> int | None:
+    return None if text == "off" else int(text)
+
+
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kvferry.kvstore", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7700, help="0 lets the system pick one (default: %(default)s)")
+    bulk = "get records in bulk beside gRPC: a port, 0 for any, or off (default: %(default)s)"
+    parser.add_argument("--bulk-port", type=_port_or_off, default=0, help=bulk)
+    parser.add_argument("--bulk-address", metavar="HOST:PORT", help="what clients connect to, where it is another one")
     parser.add_argument("--memory", type=_size, help="memory tier (default: 1GiB, with --redis alone none)")
     parser.add_argument("--disk", type=Path, metavar="FOLDER", help="disk tier: keep records under this folder")
     parser.add_argument("--disk-bytes", type=_size, help="capacity of the disk tier, e.g. 20GiB")
@@ -93,6 +100,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
     config = NodeConfig(
         host=arguments.host,
         port=arguments.port,
+        bulk_port=arguments.bulk_port,
+        bulk_address=arguments.bulk_address,
         max_record_bytes=arguments.max_record,
         max_staged_bytes=max(NodeConfig.max_staged_bytes, arguments.max_record),
     )
@@ -104,7 +113,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stopping.set)
     server = KVStoreServer(backend, config)
     await server.start()
-    _log.info("serving on %s, backend %s, capacity %s", server.address, store.tier_names, _capacity(store))
+    bulk = "off" if server.bulk is None else server.bulk.port
+    where = (server.address, store.tier_names, _capacity(store), bulk)
+    _log.info("serving on %s, backend %s, capacity %s, bulk port %s", *where)
     await stopping.wait()
     _log.info("draining for at most %s s", arguments.grace)
     await server.stop(arguments.grace)
