@@ -18,12 +18,12 @@ Bytes = bytes | memoryview
 
 def bound_reads(connection: socket.socket, seconds: float) -> None:
     """A read that gets no byte for so long raises BlockingIOError."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timestruct(seconds))
 
 
 def bound_writes(connection: socket.socket, seconds: float) -> None:
     """A write that cannot send a byte for so long raises BlockingIOError."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timestruct(seconds))
 
 
 def receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:
@@ -66,7 +66,7 @@ def is_quiet(connection: socket.socket) -> bool:
     return False
 
 
-def _timeval(seconds: float) -> bytes:
+def _timestruct(seconds: float) -> bytes:
     # 0 would mean to wait for ever.
     microseconds = max(1000, int(seconds * 1e6))
     return _TIMEVAL.pack(microseconds // 1_000_000, microseconds % 1_000_000)

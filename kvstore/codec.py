@@ -8,7 +8,8 @@ twice (by that and by the checksums). The payload starts at a multiple of 64 byt
 
 Two checksums cover the same bytes. SHA-256 is checked where a record enters a node, where it comes up from a disk or
 from Redis, and in bundles. XXH3-128, thirty times faster and over the SHA-256 as well, is checked there too, and alone
-where a client gets a record from a node that has checked the other. Neither has a key: they find accidents, not forgers.
+where a client gets a record from a node that has checked the other. Neither has a key: they find accidents, not
+forgers.
 
 Nothing here allocates by a size that was not checked, and no payload byte passes through msgpack.
 """

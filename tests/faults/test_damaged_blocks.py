@@ -17,7 +17,7 @@ from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.reference import quantize_pages
 from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore import BlockCorrupt, BlockNotFound
-from kvferry.kvstore.codec import decode_record, encode_record, verify_record
+from kvferry.kvstore.codec import decode_moved_record, decode_record, encode_record, verify_record
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.disk_backend import DiskBackend
 from kvferry.kvstore.memory_backend import MemoryBackend
@@ -50,7 +50,7 @@ def damages(record: bytes, *, step: int) -> Iterator[bytes]:
 
 
 def test_every_bit_and_every_length(block_record: bytes) -> None:
-    """What the node checks, and what the worker checks: each of them finds all of it alone."""
+    """What the node checks, what bundles check and what the worker checks: each of them finds all of it alone."""
     assert decode_record(block_record, expected_key=KEY, expected_namespace=NAMESPACE).header.num_tokens == 32
     num_refused = 0
     for damaged in damages(block_record, step=1):
@@ -58,6 +58,8 @@ def test_every_bit_and_every_length(block_record: bytes) -> None:
             verify_record(damaged, KEY)
         with pytest.raises(BlockCorrupt):
             decode_record(damaged, expected_key=KEY, expected_namespace=NAMESPACE)
+        with pytest.raises(BlockCorrupt):
+            decode_moved_record(damaged, expected_key=KEY, expected_namespace=NAMESPACE)
         num_refused += 1
     assert num_refused == 9 * len(block_record) > 6000
 
