@@ -19,8 +19,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import msgpack  # type: ignore[import-untyped]
 import xxhash
@@ -37,17 +37,15 @@ MAX_HEADER_BYTES = 192
 _PREAMBLE = struct.Struct("<8sI")
 _U32_MAX = (1 << 32) - 1
 _CHECKSUM_CONTEXT = b"kvferry/record/2"
-_QUICK_CONTEXT = b"kvferry/record/2/xxh3"
 QUICK_BYTES = 16
 _NUM_FIELDS = 8
 
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockHeader:
+class BlockHeader(NamedTuple):
     """What a record says about its block. `checksum` is SHA-256 over the fields before it and the payload,
-    `quick_checksum` XXH3-128 over all else and the payload."""
+    `quick_checksum` XXH3-128 over all bytes before it and the payload."""
 
     format_version: int
     key: bytes  # 32 bytes
@@ -119,8 +117,9 @@ def encode_record(
     problem = _header_problem(_covered_fields(header), max_record_bytes)
     if problem is not None:
         raise InvalidRequest(f"cannot encode the record: {problem}")
-    header = replace(header, checksum=_checksum(header, parts))
-    prefix = _encode_prefix(replace(header, quick_checksum=_quick_checksum(header, parts)))
+    header = header._replace(checksum=_checksum(header, parts))
+    quick_checksum = _quick_checksum(_encode_prefix(header), parts)
+    prefix = _encode_prefix(header._replace(quick_checksum=quick_checksum))
     if len(prefix) + header.payload_bytes > max_record_bytes:
         raise InvalidRequest(
             f"cannot encode the record: {len(prefix) + header.payload_bytes} bytes are over "
@@ -210,7 +209,7 @@ def _verify(buffer: Buffer, key: bytes, max_record_bytes: int) -> tuple[memoryvi
         raise BlockCorrupt("the record's header is not in its one valid encoding")
     if header.key != key:
         raise BlockCorrupt("the record belongs to another block key")
-    if _quick_checksum(header, [view[start:]]) != header.quick_checksum:
+    if _quick_checksum(prefix, [view[start:]]) != header.quick_checksum:
         raise BlockCorrupt("the record's checksum does not match its bytes")
     return view, header, start
 
@@ -241,23 +240,15 @@ def _read_header(view: memoryview, max_record_bytes: int) -> BlockHeader:
         raise BlockCorrupt("the record is of format version 1, which this kvferry does not read")
     if type(fields) is not tuple or len(fields) != _NUM_FIELDS:
         raise BlockCorrupt(f"the record's header does not have its {_NUM_FIELDS} fields")
-    for checksum, num_bytes in ((fields[6], DIGEST_BYTES), (fields[7], QUICK_BYTES)):
-        if type(checksum) is not bytes or len(checksum) != num_bytes:
-            raise BlockCorrupt(f"the record's checksum is not {num_bytes} bytes")
+    _, _, _, _, _, _, checksum, quick_checksum = fields
+    if type(checksum) is not bytes or len(checksum) != DIGEST_BYTES:
+        raise BlockCorrupt(f"the record's checksum is not {DIGEST_BYTES} bytes")
+    if type(quick_checksum) is not bytes or len(quick_checksum) != QUICK_BYTES:
+        raise BlockCorrupt(f"the record's quick checksum is not {QUICK_BYTES} bytes")
     problem = _header_problem(fields[:6], max_record_bytes)
     if problem is not None:
         raise BlockCorrupt(f"the record's header is impossible: {problem}")
-    version, key, namespace, block_index, num_tokens, payload_bytes = fields[:6]
-    return BlockHeader(
-        format_version=version,
-        key=key,
-        namespace=namespace,
-        block_index=block_index,
-        num_tokens=num_tokens,
-        payload_bytes=payload_bytes,
-        checksum=fields[6],
-        quick_checksum=fields[7],
-    )
+    return BlockHeader._make(fields)
 
 
 def _header_problem(fields: tuple[Any, ...], max_record_bytes: int) -> str | None:
@@ -269,25 +260,17 @@ def _header_problem(fields: tuple[Any, ...], max_record_bytes: int) -> str | Non
         return f"the key is not {KEY_BYTES} bytes"
     if type(namespace) is not bytes or len(namespace) != DIGEST_BYTES:
         return f"the namespace is not {DIGEST_BYTES} bytes"
-    for name, value, low, high in (
-        ("block_index", block_index, 0, _U32_MAX),
-        ("num_tokens", num_tokens, 1, _U32_MAX),
-        ("payload_bytes", payload_bytes, 0, max_record_bytes),
-    ):
-        if type(value) is not int or not low <= value <= high:
-            return f"{name} is not an integer from {low} to {high}"
+    if type(block_index) is not int or not 0 <= block_index <= _U32_MAX:
+        return f"block_index is not an integer from 0 to {_U32_MAX}"
+    if type(num_tokens) is not int or not 1 <= num_tokens <= _U32_MAX:
+        return f"num_tokens is not an integer from 1 to {_U32_MAX}"
+    if type(payload_bytes) is not int or not 0 <= payload_bytes <= max_record_bytes:
+        return f"payload_bytes is not an integer from 0 to {max_record_bytes}"
     return None
 
 
 def _covered_fields(header: BlockHeader) -> tuple[Any, ...]:
-    return (
-        header.format_version,
-        header.key,
-        header.namespace,
-        header.block_index,
-        header.num_tokens,
-        header.payload_bytes,
-    )
+    return header[:6]
 
 
 def _checksum(header: BlockHeader, payload: Sequence[bytes | memoryview]) -> bytes:
@@ -303,14 +286,16 @@ def _digest(covered_fields: tuple[Any, ...]) -> hashlib._Hash:
     return hashlib.sha256(_CHECKSUM_CONTEXT + msgpack.packb(covered_fields))
 
 
-def _quick_checksum(header: BlockHeader, payload: Sequence[bytes | memoryview]) -> bytes:
-    digest = xxhash.xxh3_128(_QUICK_CONTEXT + msgpack.packb((*_covered_fields(header), header.checksum)))
+def _quick_checksum(prefix: bytes, payload: Sequence[bytes | memoryview]) -> bytes:
+    """Of the prefix up to the checksum itself, which is the last of the fields, and the payload."""
+    end = _PREAMBLE.size + _PREAMBLE.unpack_from(prefix)[1] - QUICK_BYTES
+    digest = xxhash.xxh3_128(prefix[:end])
     for part in payload:
         digest.update(part)
     return digest.digest()
 
 
 def _encode_prefix(header: BlockHeader) -> bytes:
-    packed: bytes = msgpack.packb((*_covered_fields(header), header.checksum, header.quick_checksum))
+    packed: bytes = msgpack.packb(tuple(header))
     prefix = _PREAMBLE.pack(MAGIC, len(packed)) + packed
     return prefix + bytes(-len(prefix) % PAYLOAD_ALIGNMENT)
