@@ -34,7 +34,6 @@ from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tok
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
-from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
 from kvferry.kvstore.ring_config import RingConfig
 from kvferry.kvstore.server import KVStoreServer
@@ -57,7 +56,7 @@ class StoreActor:
         tune_malloc()
         store = settings.store
         backend = await asyncio.to_thread(make_backend, store.store_config(index))
-        self._server = KVStoreServer(backend, NodeConfig(host=store.host, port=store.port and store.port + index))
+        self._server = KVStoreServer(backend, store.node_config(index))
         await self._server.start()
         return self._server.address
 

@@ -146,6 +146,7 @@ class BulkReader:
             self._is_over = due + 1 == num_keys
             self._add(Read(num_bytes, _Checked(outcome)))
             if isinstance(outcome, BlockCorrupt):
+                self._tell()
                 return  # the caller stops here
 
     def _check(self, record: bytes, key: bytes) -> Record | BlockCorrupt:

@@ -44,8 +44,8 @@ class BulkSessions:
         """Whether this one waits; then it does no more. A wrong secret ends it, too."""
         with self._lock:
             self._expire()
-            secret, _ = self._waiting.pop(session[:_NAME_BYTES], (b"", 0.0))
-        return hmac.compare_digest(secret, session[_NAME_BYTES:])
+            secret, _ = self._waiting.pop(session[:_NAME_BYTES], (None, 0.0))
+        return secret is not None and hmac.compare_digest(secret, session[_NAME_BYTES:])
 
     def __len__(self) -> int:
         """Sessions that wait now."""

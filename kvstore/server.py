@@ -104,8 +104,8 @@ class KVStoreServer:
     async def stop(self, grace_s: float = 5.0) -> None:
         """Health goes NOT_SERVING, running calls get `grace_s`, then all is closed."""
         await self._health.enter_graceful_shutdown()
-        bulk = [] if self._bulk is None else [self._bulk.stop(grace_s)]
         if self._server is not None:
+            bulk = [] if self._bulk is None else [self._bulk.stop(grace_s)]
             await asyncio.gather(self._server.stop(grace_s), *bulk)
             self._server = None
         self._node.close()

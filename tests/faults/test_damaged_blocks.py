@@ -80,12 +80,13 @@ async def poke(backend: MemoryBackend, key: bytes, record: bytes) -> None:
 
 
 @pytest.mark.timeout(1800 if IS_DEEP else 300)
+@pytest.mark.parametrize("is_bulk", [True, False], ids=["bulk", "grpc"])
 async def test_damage_in_the_nodes_memory_does_not_pass_the_client(
-    block_record: bytes, poked: tuple[KVStoreServer, MemoryBackend]
+    is_bulk: bool, block_record: bytes, poked: tuple[KVStoreServer, MemoryBackend]
 ) -> None:
     server, backend = poked
     num_refused = 0
-    async with store_client(server.address) as client:
+    async with store_client(server.address, use_bulk=is_bulk) as client:
         for damaged in damages(block_record, step=1 if IS_DEEP else 61):
             await poke(backend, KEY, damaged)
             with pytest.raises((BlockCorrupt, BlockNotFound)):
@@ -93,6 +94,7 @@ async def test_damage_in_the_nodes_memory_does_not_pass_the_client(
             num_refused += 1
             assert not backend.holds(KEY), "refused, and deleted"
         assert client.counters.corrupt + server.counters.corrupt == num_refused > 100
+        assert (client.counters.bulk_gets, client.counters.bulk_fallbacks) == ((num_refused, 0) if is_bulk else (0, 0))
         await poke(backend, KEY, block_record)
         assert (await anext(client.get([KEY], namespace=NAMESPACE))).header.key == KEY, "the control"
 
