@@ -209,7 +209,7 @@ class _Connection(threading.Thread):
         try:
             while index < len(keys):
                 try:
-                    records = self._on_loop(anext(batches), deadline)  # type: ignore[arg-type]
+                    records = self._on_loop(anext(batches), deadline)
                 except TimeoutError:
                     return False  # the client has given up, too
                 except KVStoreError as error:

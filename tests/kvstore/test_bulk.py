@@ -179,8 +179,9 @@ async def test_sessions_are_for_one_connection() -> None:
             reader, writer = await connect(server, used)
             assert await asyncio.wait_for(reader.read(1), LIMIT_S) == welcome
             if welcome:
-                reader_again, _ = await connect(server, used)
+                reader_again, writer_again = await connect(server, used)
                 assert await asyncio.wait_for(reader_again.read(1), LIMIT_S) == b"", "it was used"
+                writer_again.close()
                 writer.write(encode_request(KEYS[:1], lease_id=0, timeout_s=5.0))
                 head = await asyncio.wait_for(reader.readexactly(HEADER.size), LIMIT_S)
                 assert HEADER.unpack(head) == (0, Kind.RECORD, len(record_of(0)))
