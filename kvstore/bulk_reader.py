@@ -22,7 +22,7 @@ from kvferry.kvstore.config import MIB
 from kvferry.kvstore.errors import BlockCorrupt, InvalidRequest, KVStoreError, StoreUnavailable
 from kvferry.kvstore.record_reader import Read
 
-AHEAD_BYTES = 8 * MIB
+AHEAD_BYTES = 2 * MIB
 _WAKE_BYTES = MIB
 
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 _TIMEVAL = struct.Struct("@ll")
 Bytes = bytes | memoryview
+_SEND_BYTES = 256 << 10
+"""What one call sends, a record more or less."""
 
 
 def bound_reads(connection: socket.socket, seconds: float) -> None:
@@ -40,7 +42,18 @@ def receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:
 
 def send_all(connection: socket.socket, parts: Sequence[Bytes]) -> None:
     """Sends the parts, without joining them. Raises BlockingIOError when the other side takes nothing."""
-    left = [memoryview(part) for part in parts]
+    group: list[memoryview] = []
+    num_bytes = 0
+    for part in parts:
+        group.append(memoryview(part))
+        num_bytes += len(part)
+        if num_bytes >= _SEND_BYTES:
+            _send_group(connection, group)
+            group, num_bytes = [], 0
+    _send_group(connection, group)
+
+
+def _send_group(connection: socket.socket, left: list[memoryview]) -> None:
     while left:
         sent = connection.sendmsg(left)
         while left and sent >= left[0].nbytes:
