@@ -6,15 +6,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 
 import torch
 
-from kvferry.decode.attention import DecodeStep
-from kvferry.decode.cache import PackedCache
+from kvferry.decode.executor import DecodeExecutor, StepInput
 from kvferry.decode.sequence import Sequence, TokenEvent
-from kvferry.kernels.forward import CausalModel, padded_rows
-from kvferry.kernels.packed import PackedKernels
 from kvferry.kernels.sampling import finish_reason, sample
 
 logger = logging.getLogger(__name__)
@@ -24,24 +20,10 @@ STEP_SMOOTHING = 0.1
 
 
 class DecodeEngine:
-    """Runs sequences until they finish. They join and leave between steps.
+    """Runs sequences until they finish. They join and leave between steps."""
 
-    The batch is padded to a row count (`pad_rows`) at which a row's bits don't depend on the count, so a sequence's
-    tokens don't depend on its company.
-    """
-
-    def __init__(
-        self,
-        model: CausalModel,
-        kernels: PackedKernels,
-        cache: PackedCache,
-        *,
-        pad_rows: Callable[[int], int] = padded_rows,
-    ) -> None:
-        self._model = model
-        self._kernels = kernels
-        self._cache = cache
-        self._pad_rows = pad_rows
+    def __init__(self, executor: DecodeExecutor) -> None:
+        self._executor = executor
         self._joining: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._wake = threading.Condition()
@@ -116,13 +98,13 @@ class DecodeEngine:
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Packs the tail if it is full. False when there is no block for it, or it cannot be packed."""
-        if sequence.tail_len < self._cache.layout.block_size:
+        if sequence.tail_len < self._executor.memory.layout.block_size:
             return True
         if sequence.num_blocks == len(sequence.block_ids):
             return False
         try:
             index = sequence.num_blocks
-            self._cache.pack_tail(sequence.slot, sequence.block_ids[index], index=index)
+            self._executor.pack_tail(sequence.slot, sequence.block_ids[index], index=index)
         except Exception as error:  # one sequence's failure must not end the batch
             self._fail(sequence, error)
             return False
@@ -135,19 +117,15 @@ class DecodeEngine:
         """Computes one token of every sequence."""
         for sequence in sequences:
             sequence.tail_len += 1
-        batch = self._cache.batch(
-            block_tables=[s.block_table for s in sequences],
-            slots=[s.slot for s in sequences],
-            tail_lens=[s.tail_len for s in sequences],
+        logits = self._executor.step(
+            StepInput(
+                token_ids=[s.last_token for s in sequences],
+                positions=[s.position for s in sequences],
+                block_tables=[s.block_table for s in sequences],
+                slots=[s.slot for s in sequences],
+                tail_lens=[s.tail_len for s in sequences],
+            )
         )
-        padding = [0] * (self._pad_rows(len(sequences)) - len(sequences))
-        device = self._cache.device
-        hidden = self._model.hidden(
-            torch.tensor([s.last_token for s in sequences] + padding, device=device),
-            torch.tensor([s.position for s in sequences] + padding, device=device),
-            DecodeStep(self._cache, batch, self._kernels),
-        )
-        logits = self._model.logits(hidden)
         for row, sequence in enumerate(sequences):
             self._finish_token(sequence, logits[row])
 

@@ -23,20 +23,19 @@ from typing import Any, Self
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # else a line of one worker hides a similar one of another
 
 import ray
 import torch
 
 from kvferry.decode.config import DecodeConfig
-from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
-from kvferry.deploy.gateway_server import GatewayServer
-from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tokenizer_digest
-from kvferry.deploy.routing.router import Router
+from kvferry.deploy.assembly import make_gateway, model_config
+from kvferry.deploy.models import find_model
 from kvferry.deploy.settings import Settings
-from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
+from kvferry.kvstore.process_logs import LogConfig, configure_logs
 from kvferry.kvstore.ring_config import RingConfig
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.kvstore.store_config import make_backend
@@ -50,15 +49,23 @@ RAY_OBJECT_STORE_BYTES = 80_000_000
 """Ray's smallest object store: nothing of ours goes through it."""
 
 
-class StoreActor:
+class LoggingActor:
+    """Logs as the deployment's settings say."""
+
+    async def log_as(self, config: LogConfig, name: str) -> None:
+        configure_logs(config, process=name)
+
+
+class StoreActor(LoggingActor):
     """A KV store node."""
 
     async def start(self, settings: Settings, index: int) -> str:
-        _log_to_stderr()
         tune_malloc()
         store = settings.store
         backend = await asyncio.to_thread(make_backend, store.store_config(index))
-        self._server = KVStoreServer(backend, NodeConfig(host=store.host, port=store.port and store.port + index))
+        port = store.port and store.port + index
+        config = NodeConfig(host=store.host, port=port, metrics=settings.metrics.place(port))
+        self._server = KVStoreServer(backend, config)
         await self._server.start()
         return self._server.address
 
@@ -69,7 +76,7 @@ class StoreActor:
         return os.getpid()
 
 
-class WorkerActor:
+class WorkerActor(LoggingActor):
     """A prefill or decode worker: `config` decides which. With `own_prefill`, a decode worker with both roles."""
 
     async def start(
@@ -81,7 +88,6 @@ class WorkerActor:
         own_prefill: PrefillConfig | None,
         store_cache_bytes: int | None,
     ) -> str:
-        _log_to_stderr()
         tune_malloc()
         torch.set_num_threads(threads)
         self._runtime = await asyncio.to_thread(ModelRuntime, model)
@@ -105,11 +111,10 @@ class WorkerActor:
         return os.getpid()
 
 
-class GatewayActor:
+class GatewayActor(LoggingActor):
     """The gateway; ready when it could serve a request."""
 
     async def start(self, settings: Settings, prefill: list[str], decode: list[str]) -> str:
-        _log_to_stderr()
         self._server = await make_gateway(settings, prefill=prefill, decode=decode)
         port = await self._server.start()
         await self._server.wait_until_serving(60)
@@ -120,59 +125,6 @@ class GatewayActor:
 
     async def pid(self) -> int:
         return os.getpid()
-
-
-def model_config(settings: Settings) -> ModelConfig:
-    return ModelConfig(
-        model=settings.model,
-        served_name=settings.served_model_name,
-        spec=resolve_spec(settings.preset, block_size=settings.block_size, sink_tokens=settings.sink_tokens),
-        device=settings.device,
-        dtype=settings.dtype,
-        weight_quantization=settings.weight_quantization,
-        kernels=settings.kernels,
-        max_model_len=settings.max_model_len,
-    )
-
-
-async def make_gateway(
-    settings: Settings, *, prefill: list[str], decode: list[str], router: Router | None = None
-) -> GatewayServer:
-    """A gateway for these workers, not started. Reads the model's tokenizer and configuration, not its weights.
-
-    `router`: None: as the settings say.
-    """
-    from transformers import AutoConfig
-
-    source = await asyncio.to_thread(find_model, settings.model)
-    tokenizer = await asyncio.to_thread(load_tokenizer, source)
-    config = AutoConfig.from_pretrained(source.path)
-    window = config.max_position_embeddings
-    gateway = settings.gateway
-    return GatewayServer(
-        GatewayConfig(
-            model_name=settings.served_model_name or source.name,
-            decode_workers=tuple(decode),
-            prefill_workers=tuple(prefill),
-            host=gateway.host,
-            port=gateway.port,
-            tenant=gateway.tenant,
-            router=gateway.router,
-            router_memory=gateway.router_memory,
-            eos_token_ids=tuple(end_token_ids(source, tokenizer)),
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            limits=RequestLimits(
-                max_prompt_bytes=gateway.max_prompt_bytes,
-                max_new_tokens=gateway.max_new_tokens,
-                max_concurrent=gateway.max_concurrent,
-                max_queued=gateway.max_queued,
-                default_timeout_s=gateway.default_timeout_s,
-            ),
-        ),
-        tokenizer=tokenizer,
-        model=ModelLimits(max_model_len=min(settings.max_model_len or window, window), vocab_size=config.vocab_size),
-        router=router,
-    )
 
 
 class Deployment:
@@ -237,7 +189,8 @@ class Deployment:
         prefill_configs = [
             PrefillConfig(
                 host=settings.prefill.host,
-                port=settings.prefill.port and settings.prefill.port + i,
+                port=(port := settings.prefill.port and settings.prefill.port + i),
+                metrics=settings.metrics.place(port),
                 max_requests=settings.prefill.max_requests,
                 fetch=settings.prefill.fetch,
             )
@@ -251,7 +204,8 @@ class Deployment:
         decode_configs = [
             DecodeConfig(
                 host=settings.decode.host,
-                port=settings.decode.port and settings.decode.port + i,
+                port=(port := settings.decode.port and settings.decode.port + i),
+                metrics=settings.metrics.place(port),
                 kv_memory=settings.decode.kv_memory,
                 max_num_seqs=settings.decode.max_num_seqs,
                 prefix_caching=settings.decode.prefix_caching,
@@ -304,6 +258,7 @@ class Deployment:
     def _begin(self, name: str, actor: type, *args: object, num_gpus: float = 0) -> Any:
         handle = ray.remote(actor).options(num_cpus=1, num_gpus=num_gpus, max_restarts=0).remote()
         self._actors[name] = handle
+        handle.log_as.remote(self.settings.log.config(), name)
         return handle.start.remote(*args)
 
     def _finish(self, name: str, start: Any) -> str:
@@ -315,8 +270,3 @@ class Deployment:
         self.processes[name] = ray.get(self._actors[name].pid.remote(), timeout=STOP_TIMEOUT_S)
         logger.info("%s is up on %s", name, address)
         return address
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)

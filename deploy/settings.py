@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from kvferry.deploy.memory_size import KVMemory
+from kvferry.deploy.operations_settings import LogSettings, MetricsSettings
 from kvferry.deploy.routing.policies import Policy
 from kvferry.deploy.routing.prefix import DEFAULT_INDEX_BYTES
 from kvferry.deploy.store_settings import Bytes, Port, Section, StoreSettings
@@ -99,6 +100,8 @@ class Settings(BaseSettings):
     store: StoreSettings = StoreSettings()
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    log: LogSettings = LogSettings()
 
     @classmethod
     def load(cls, path: Path | None = None, **overrides: Any) -> Settings:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import grpc
@@ -27,13 +28,23 @@ class PooledWorker(WorkerState):
 
     def __init__(self, address: str) -> None:
         super().__init__(address)
+        self.last_info: worker_pb2.WorkerInfo | None = None  # the last answer, whether usable or not
         self.problem = "has not answered yet"  # why there is no `info`
         self.poll_now = asyncio.Event()
+        self.is_listed = True
+        """It may get requests; when not, its running ones go on to their end."""
         self.channel = grpc.aio.insecure_channel(address, options=channel_options())
         self.decode = worker_pb2_grpc.DecodeStub(self.channel)
         stub = worker_pb2_grpc.WorkerStub(self.channel)
         self._describe, self._stats = stub.Describe, stub.Stats
         self._num_silent_polls = 0
+        self._missed_slowly = False
+        self._ends: list[Callable[[], object]] = []
+
+    @property
+    def is_silent(self) -> bool:
+        """It has missed so many polls that it cannot be counted on."""
+        return self._num_silent_polls >= _MAX_SILENT_POLLS
 
     async def poll_load(self, *, timeout: float) -> None:
         """Refreshes `load`; without an answer the last one grows old, which `load` knows."""
@@ -45,6 +56,27 @@ class PooledWorker(WorkerState):
         else:
             self.load.heard(stats, asked_at=asked_at)
 
+    @property
+    def is_waited_for(self) -> bool:
+        """It missed a poll, and the next one tells whether it is silent."""
+        return 0 < self._num_silent_polls < _MAX_SILENT_POLLS and self._missed_slowly
+
+    @contextmanager
+    def ending(self, end: Callable[[], object]) -> Iterator[None]:
+        """Runs `end` when the worker is given up in the meantime: what waits for it goes on elsewhere."""
+        self._ends.append(end)
+        try:
+            yield
+        finally:
+            self._ends.remove(end)
+
+    def give_up(self) -> int:
+        """Ends what waits for this worker; how much that was."""
+        ends = list(self._ends)
+        for end in ends:
+            end()
+        return len(ends)
+
     async def poll(self, *, model_name: str, tokenizer_digest: bytes, timeout: float) -> None:
         """Refreshes `info`; a worker that is gone loses it at once, a slow one after some polls.
 
@@ -54,16 +86,19 @@ class PooledWorker(WorkerState):
             info = await self._describe(worker_pb2.DescribeRequest(), timeout=timeout)
         except grpc.aio.AioRpcError as error:
             self._num_silent_polls += 1
-            is_slow = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-            if not is_slow or self._num_silent_polls >= _MAX_SILENT_POLLS or self.info is None:
+            self._missed_slowly = is_slow = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            if not is_slow or self.is_silent or self.info is None:
                 self.info = None
                 self.problem = f"does not answer ({error.code().name})"
             return
         self._num_silent_polls = 0
+        self.last_info = info
         if info.model_name != model_name:
             self.info, self.problem = None, f"serves model {info.model_name!r}"
         elif not info.HasField("identity"):
             self.info, self.problem = None, "does not say what identity its model has"
+        elif info.draining:
+            self.info, self.problem = None, "is about to end"
         elif tokenizer_digest and info.identity.tokenizer_digest != tokenizer_digest:
             self.info, self.problem = None, "has another tokenizer than the gateway"
         else:
@@ -115,6 +150,8 @@ class WorkerPool:
         self._candidates: Candidates[PooledWorker] | None = None  # None: has to be found out again
         self._polls: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
+        self.num_calls_given_up = 0
+        """Calls that were ended because their worker was silent."""
 
     def set_addresses(self, *, decode: Iterable[str], prefill: Iterable[str]) -> None:
         """Starts to poll new workers and forgets those that are not named. Needs a running event loop."""
@@ -125,9 +162,9 @@ class WorkerPool:
         for address in wanted:
             check_address(address)
         for address in [a for a in self._workers if a not in wanted]:
-            del self._workers[address]
-            poll = self._polls.pop(address)
-            poll.cancel()
+            worker, poll = self._workers.pop(address), self._polls.pop(address)
+            worker.is_listed = False
+            worker.poll_now.set()
             self._leaving.add(poll)
             poll.add_done_callback(self._leaving.discard)
         for address in wanted:
@@ -189,9 +226,16 @@ class WorkerPool:
         return [worker for address in addresses if (worker := self._workers.get(address)) and worker.has_role(role)]
 
     async def _poll_forever(self, worker: PooledWorker) -> None:
+        """Until the worker is not listed and none of its requests runs. Silence is found within
+        poll_interval_s + 2 * poll_timeout_s: after a missed poll the next one begins at once."""
+        leaving_since = None
         load: asyncio.Task[None] | None = None
         try:
-            while True:
+            while worker.is_listed or worker.num_outstanding:
+                if not worker.is_listed:
+                    leaving_since = leaving_since or time.monotonic()
+                    if time.monotonic() > leaving_since + _LEAVING_GRACE_S:
+                        return
                 if load is None or load.done():  # beside Describe: news of a lost worker wait for nothing
                     load = asyncio.create_task(worker.poll_load(timeout=self._poll_timeout_s))
                 before = worker.info
@@ -202,7 +246,11 @@ class WorkerPool:
                     self._candidates = None
                     _log_change(worker)
                     await self._on_change()
+                if worker.is_silent:
+                    self._give_up(worker)
                 worker.poll_now.clear()
+                if worker.is_waited_for:
+                    continue
                 try:
                     async with asyncio.timeout(self._poll_interval_s):
                         await worker.poll_now.wait()
@@ -213,6 +261,12 @@ class WorkerPool:
                 load.cancel()
                 await asyncio.gather(load, return_exceptions=True)
             await worker.channel.close(_LEAVING_GRACE_S)
+
+    def _give_up(self, worker: PooledWorker) -> None:
+        """Ends a silent worker's calls, if there are others: else it may be slow, and waiting is all that is left."""
+        if any(worker not in pair.workers for pair in self.pairs()) and (ended := worker.give_up()):
+            self.num_calls_given_up += ended
+            _logger.warning("worker %s is silent: %d requests go elsewhere", worker.address, ended)
 
 
 def _log_change(worker: PooledWorker) -> None:

@@ -12,12 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from kvferry.kernels.forward import CausalModel, padded_rows
 from kvferry.kernels.layout import BlockLayout
-from kvferry.kernels.packed import PackedKernels
 from kvferry.kernels.sampling import SampledToken, SamplingParams, TokenHistory, sample
-from kvferry.prefill.chunk_step import ChunkStep
 from kvferry.prefill.errors import DeadlinePassed
+from kvferry.prefill.executor import PrefillExecutor, PrefillPass
 from kvferry.prefill.job import PrefillJob
 from kvferry.prefill.prompt_blocks import PromptBlocks
 from kvferry.prefill.schedule import Schedule
@@ -62,20 +60,9 @@ class PrefillEngine:
     alone, so its number of rows never depends on what was cached.
     """
 
-    def __init__(
-        self,
-        model: CausalModel,
-        kernels: PackedKernels,
-        layout: BlockLayout,
-        device: torch.device,
-        *,
-        max_pass_blocks: int = 1,
-    ) -> None:
-        self.layout = layout
-        self.device = device
+    def __init__(self, executor: PrefillExecutor, *, max_pass_blocks: int = 1) -> None:
+        self._executor = executor
         self._max_pass_blocks = max_pass_blocks
-        self._model = model
-        self._kernels = kernels
         self._schedule: Schedule[PrefillJob] = Schedule()
         self._shared = SharedBlocks()
         self._speed = ComputeSpeed()
@@ -87,13 +74,24 @@ class PrefillEngine:
         self._thread = threading.Thread(target=self._loop, name="prefill-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def layout(self) -> BlockLayout:
+        """Of whole blocks."""
+        return self._executor.layout
+
     def new_blocks(self, num_tokens: int) -> PromptBlocks:
         """Room for the blocks of a prompt."""
-        return PromptBlocks(self.layout, num_tokens, self.device)
+        return self._executor.new_blocks(num_tokens)
 
     @property
     def vocab_size(self) -> int:
-        return self._model.vocab_size
+        return self._executor.vocab_size
+
+    @property
+    def num_waiting(self) -> int:
+        """Submitted jobs that had no turn yet."""
+        with self._wake:
+            return sum(job.queue_seconds is None for job in self._schedule)
 
     @property
     def seconds_left(self) -> float:
@@ -254,14 +252,10 @@ class PrefillEngine:
             if not job.cancelled:
                 job.on_layer(index, past, layer)
 
-        padding = [0] * (padded_rows(num_tokens) - num_tokens)
-        hidden = self._model.hidden(
-            torch.tensor(job.token_ids[begin:end] + padding, device=self.device),
-            torch.tensor([*range(begin, end), *padding], device=self.device),
-            ChunkStep(blocks, index, num_tokens, self._kernels, on_layer=on_layer),
-        )
         last = end == len(job.token_ids) and not job.warm
-        tokens = self._first_tokens(job, hidden[num_tokens - 1]) if last else []
+        work = PrefillPass(index=index, begin=begin, token_ids=job.token_ids[begin:end], wants_logits=last)
+        logits = self._executor.run(blocks, work, on_layer)
+        tokens = [] if logits is None else self._first_tokens(job, logits)
         blocks.num_ready = min(index + width, blocks.num_blocks)
         self._finish_blocks(job, index)
         return num_tokens, tokens
@@ -273,9 +267,7 @@ class PrefillEngine:
             if not job.cancelled:
                 job.on_block(index)
 
-    def _first_tokens(self, job: PrefillJob, hidden: torch.Tensor) -> list[SampledToken]:
-        rows = hidden.expand(padded_rows(1), -1).contiguous()
-        logits = self._model.logits(rows)[0]
+    def _first_tokens(self, job: PrefillJob, logits: torch.Tensor) -> list[SampledToken]:
         history = TokenHistory.of(job.token_ids)
         seeds = [(job.sampling.seed + answer) % SEEDS for answer in range(job.num_answers)]
         return [sample(logits, replace(job.sampling, seed=seed), history) for seed in seeds]

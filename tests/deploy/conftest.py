@@ -187,7 +187,7 @@ class Lab:
         ids = self.ids(text)
         return [*ids, end(len(ids), reason=reason, **fields)]
 
-    async def gateway(self, decode, prefill=(), *, serving=True, limits=None, router=None, **config):
+    async def gateway(self, decode, prefill=(), *, serving=True, limits=None, router=None, membership=None, **config):
         def addresses(workers):
             return tuple(w if isinstance(w, str) else w.address for w in workers)
 
@@ -206,6 +206,7 @@ class Lab:
             tokenizer=self.tokenizer,
             model=ModelLimits(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE),
             router=router,
+            membership=membership,
         )
         server.port = await server.start()
         server.address = f"127.0.0.1:{server.port}"
