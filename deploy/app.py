@@ -31,6 +31,7 @@ from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tokenizer_digest
+from kvferry.deploy.rank_counts import RankCounts, threads_of_rank
 from kvferry.deploy.routing.router import Router
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
@@ -227,6 +228,7 @@ class Deployment:
         settings = self.settings
         started = time.monotonic()
         find_model(settings.model)  # a wrong name should fail before anything starts; converts a GGUF file once
+        ranks = RankCounts.of(settings)
         workers = settings.prefill.count + settings.decode.count
         self._ray_dir = tempfile.mkdtemp(prefix="kvferry-ray-")
         ray.init(
@@ -238,10 +240,10 @@ class Deployment:
             log_to_driver=logger.isEnabledFor(logging.INFO),
             logging_level=logging.WARNING,
         )
-        gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
+        gpus = ray.cluster_resources().get("GPU", 0)
         self.store = ring = settings.store.ring_config(settings.store.nodes or self._start_nodes())
         model = model_config(settings)
-        threads = settings.threads or os.cpu_count() or 1
+        cores = os.cpu_count() or 1
         prefill_configs = [
             PrefillConfig(
                 host=settings.prefill.host,
@@ -271,10 +273,20 @@ class Deployment:
         ]
         cache = settings.store.worker_cache
         pending = {
-            name: self._begin(name, WorkerActor, model, config, ring, threads, own_prefill, cache, num_gpus=gpus)
-            for name, config in (
-                *((f"prefill-{i}", c) for i, c in enumerate(prefill_configs)),
-                *((f"decode-{i}", c) for i, c in enumerate(decode_configs)),
+            name: self._begin(
+                name,
+                WorkerActor,
+                dataclasses.replace(model, tensor_parallel=size),
+                config,
+                ring,
+                threads_of_rank(settings, size, num_cores=cores),
+                own_prefill,
+                cache,
+                num_gpus=ranks.gpus(size, available=gpus),
+            )
+            for name, config, size in (
+                *((f"prefill-{i}", c, ranks.prefill) for i, c in enumerate(prefill_configs)),
+                *((f"decode-{i}", c, ranks.decode) for i, c in enumerate(decode_configs)),
             )
         }
         addresses = {name: self._finish(name, start) for name, start in pending.items()}
