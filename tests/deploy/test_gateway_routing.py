@@ -15,7 +15,7 @@ DOCUMENT = [7 + i % 200 for i in range(10 * BLOCK)]
 
 
 def stats(*, queued_s=0.0, jobs=0, **prefill):
-    speeds = {"token_seconds": 0.01, "uses_store": True, "fetch_bytes_per_second": 2e4, "cache_blocks": 100}
+    speeds = {"token_seconds": 0.01, "uses_store": True, "fetch_bytes_per_second": 1e4, "cache_blocks": 100}
     return worker_pb2.WorkerStats(
         prefill=worker_pb2.PrefillStats(queued_seconds=queued_s, num_computing=jobs, **(speeds | prefill)),
         decode=worker_pb2.DecodeStats(pool_blocks=1000, step_seconds=0.01),

@@ -17,7 +17,7 @@ import pytest
 from support.processes import RankWorkerProcess
 from support.rank_models import save_model
 
-from kvferry.deploy.app import make_gateway
+from kvferry.deploy.assembly import make_gateway
 from kvferry.deploy.client import AsyncClient
 from kvferry.deploy.ranks import followers
 from kvferry.deploy.ranks.errors import RanksLost
@@ -81,6 +81,8 @@ async def test_a_killed_follower_ends_its_worker_and_the_answer_goes_on_elsewher
         async with AsyncClient(f"127.0.0.1:{port}") as client:
             prompt = make_prompt(3 * BLOCK_SIZE)
             whole = await client.generate(token_ids=prompt, max_tokens=MAX_TOKENS, ignore_eos=True)
+            while [w for w in workers if await is_decoding(w)]:
+                await asyncio.sleep(0.05)
             tokens: list[int] = []
             killed: RankWorkerProcess | None = None
             async for chunk in client.stream(token_ids=prompt, max_tokens=MAX_TOKENS, ignore_eos=True):

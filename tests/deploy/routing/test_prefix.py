@@ -37,11 +37,17 @@ class TestAffinity:
         assert len({route.decode.address for route in routes}) == 1
 
     def test_own_cache_draws(self, fleet):
+        """Three documents, four questions each: each document stays where it was computed, each worker gets one."""
         fleet = fleet()
         fleet.report_all(cache_blocks=100, fetch_bytes_per_second=2e4)  # a block: 50 ms to fetch, 160 ms to compute
-        router, candidates, document = fleet.router(), fleet.candidates, tokens(1, 160)
-        routes = [fleet.serve(router, candidates, fleet.request([*document, i])) for i in range(4)]
-        assert len({route.prefill.address for route in routes}) == 1
+        router, candidates = fleet.router(), fleet.candidates
+        places = {document: set() for document in range(3)}
+        for question in range(4):
+            for document, addresses in places.items():
+                request = fleet.request([*tokens(document, 160), question])
+                addresses.add(fleet.serve(router, candidates, request).prefill.address)
+        assert all(len(addresses) == 1 for addresses in places.values())
+        assert len(set.union(*places.values())) == 3
 
     def test_a_long_queue_is_left(self, fleet):
         fleet = fleet()
