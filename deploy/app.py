@@ -31,6 +31,7 @@ import torch
 from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.assembly import make_gateway, model_config
 from kvferry.deploy.models import find_model
+from kvferry.deploy.rank_counts import RankCounts, threads_of_rank
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kvstore.malloc import tune_malloc
@@ -171,6 +172,7 @@ class Deployment:
         settings = self.settings
         started = time.monotonic()
         find_model(settings.model)  # a wrong name should fail before anything starts; converts a GGUF file once
+        ranks = RankCounts.of(settings)
         workers = settings.prefill.count + settings.decode.count
         self._ray_dir = tempfile.mkdtemp(prefix="kvferry-ray-")
         ray.init(
@@ -182,10 +184,10 @@ class Deployment:
             log_to_driver=logger.isEnabledFor(logging.INFO),
             logging_level=logging.WARNING,
         )
-        gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
+        gpus = ray.cluster_resources().get("GPU", 0)
         self.store = ring = settings.store.ring_config(settings.store.nodes or self._start_nodes())
         model = model_config(settings)
-        threads = settings.threads or os.cpu_count() or 1
+        cores = os.cpu_count() or 1
         prefill_configs = [
             PrefillConfig(
                 host=settings.prefill.host,
@@ -215,10 +217,20 @@ class Deployment:
         ]
         cache = settings.store.worker_cache
         pending = {
-            name: self._begin(name, WorkerActor, model, config, ring, threads, own_prefill, cache, num_gpus=gpus)
-            for name, config in (
-                *((f"prefill-{i}", c) for i, c in enumerate(prefill_configs)),
-                *((f"decode-{i}", c) for i, c in enumerate(decode_configs)),
+            name: self._begin(
+                name,
+                WorkerActor,
+                dataclasses.replace(model, tensor_parallel=size),
+                config,
+                ring,
+                threads_of_rank(settings, size, num_cores=cores),
+                own_prefill,
+                cache,
+                num_gpus=ranks.gpus(size, available=gpus),
+            )
+            for name, config, size in (
+                *((f"prefill-{i}", c, ranks.prefill) for i, c in enumerate(prefill_configs)),
+                *((f"decode-{i}", c, ranks.decode) for i, c in enumerate(decode_configs)),
             )
         }
         addresses = {name: self._finish(name, start) for name, start in pending.items()}
