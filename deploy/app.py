@@ -31,6 +31,7 @@ from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tokenizer_digest
+from kvferry.deploy.role_configs import decode_config, nth_port, own_prefill_config, prefill_config
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
@@ -226,28 +227,12 @@ class Deployment:
         model = model_config(settings)
         threads = settings.threads or os.cpu_count() or 1
         prefill_configs = [
-            PrefillConfig(
-                host=settings.prefill.host,
-                port=settings.prefill.port and settings.prefill.port + i,
-                max_requests=settings.prefill.max_requests,
-                fetch=settings.prefill.fetch,
-            )
+            prefill_config(settings, host=settings.prefill.host, port=nth_port(settings.prefill.port, i))
             for i in range(settings.prefill.count)
         ]
-        own_prefill = (
-            None
-            if prefill_configs
-            else PrefillConfig(max_requests=settings.prefill.max_requests, fetch=settings.prefill.fetch)
-        )
+        own_prefill = own_prefill_config(settings)
         decode_configs = [
-            DecodeConfig(
-                host=settings.decode.host,
-                port=settings.decode.port and settings.decode.port + i,
-                kv_memory=settings.decode.kv_memory,
-                max_num_seqs=settings.decode.max_num_seqs,
-                prefix_caching=settings.decode.prefix_caching,
-                publish_answers=settings.decode.publish_answers,
-            )
+            decode_config(settings, host=settings.decode.host, port=nth_port(settings.decode.port, i))
             for i in range(settings.decode.count)
         ]
         cache = settings.store.worker_cache

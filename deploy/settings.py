@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field
@@ -18,10 +18,13 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from kvferry.deploy.cluster.settings import ClusterSettings
 from kvferry.deploy.memory_size import KVMemory
 from kvferry.deploy.store_settings import Bytes, Port, Section, StoreSettings
 from kvferry.deploy.weight_quantization_names import WeightQuantization
 from kvferry.kernels.presets import DEFAULT_PRESET
+
+Gpus = Annotated[float | None, Field(ge=0, le=64)]
 
 
 class GatewaySettings(Section):
@@ -33,6 +36,8 @@ class GatewaySettings(Section):
     max_queued: int = Field(256, ge=0)
     default_timeout_s: float = Field(600.0, gt=0)
     tenant: str = "default"
+    count: int = Field(1, ge=1, le=64)
+    """In a cluster: gateways, one on each machine, all on this port."""
 
 
 class PrefillSettings(Section):
@@ -44,6 +49,10 @@ class PrefillSettings(Section):
     max_requests: int = Field(64, gt=0)
     fetch: Literal["measured", "always", "never"] = "measured"
     """Whether cached blocks are fetched: where that is faster than computing them, or always, or never."""
+    gpus: Gpus = None
+    """Of each worker. None: on one machine its GPUs, shared evenly; in a cluster 1 where a machine has some."""
+    resource: str | None = None
+    """In a cluster: only on machines that have this Ray resource."""
 
 
 class DecodeSettings(Section):
@@ -58,10 +67,14 @@ class DecodeSettings(Section):
     """Keep the blocks of finished prompts in the pool while there is room."""
     publish_answers: bool = True
     """After an answer, compute and publish its blocks when prefill is idle, for the conversation's next turn."""
+    gpus: Gpus = None
+    """Of each worker. None: on one machine its GPUs, shared evenly; in a cluster 1 where a machine has some."""
+    resource: str | None = None
+    """In a cluster: only on machines that have this Ray resource."""
 
 
 class Settings(BaseSettings):
-    """A deployment on one machine."""
+    """A deployment: on one machine, or on the machines of a Ray cluster."""
 
     model_config = SettingsConfigDict(
         env_prefix="KVFERRY_",
@@ -93,6 +106,7 @@ class Settings(BaseSettings):
     store: StoreSettings = StoreSettings()
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
+    cluster: ClusterSettings = ClusterSettings()
 
     @classmethod
     def load(cls, path: Path | None = None, **overrides: Any) -> Settings:
