@@ -210,6 +210,8 @@ class Deployment:
     def _start(self) -> None:
         settings = self.settings
         started = time.monotonic()
+        if settings.gateway.count > 1:
+            raise ValueError("gateway.count: one machine has one gateway; several are for a cluster, see kvferry up")
         find_model(settings.model)  # a wrong name should fail before anything starts; converts a GGUF file once
         workers = settings.prefill.count + settings.decode.count
         self._ray_dir = tempfile.mkdtemp(prefix="kvferry-ray-")
@@ -222,7 +224,11 @@ class Deployment:
             log_to_driver=logger.isEnabledFor(logging.INFO),
             logging_level=logging.WARNING,
         )
-        gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
+        share = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
+        gpus = {
+            "prefill": share if settings.prefill.gpus is None else settings.prefill.gpus,
+            "decode": share if settings.decode.gpus is None else settings.decode.gpus,
+        }
         self.store = ring = settings.store.ring_config(settings.store.nodes or self._start_nodes())
         model = model_config(settings)
         threads = settings.threads or os.cpu_count() or 1
@@ -237,7 +243,9 @@ class Deployment:
         ]
         cache = settings.store.worker_cache
         pending = {
-            name: self._begin(name, WorkerActor, model, config, ring, threads, own_prefill, cache, num_gpus=gpus)
+            name: self._begin(
+                name, WorkerActor, model, config, ring, threads, own_prefill, cache, num_gpus=gpus[name.split("-")[0]]
+            )
             for name, config in (
                 *((f"prefill-{i}", c) for i, c in enumerate(prefill_configs)),
                 *((f"decode-{i}", c) for i, c in enumerate(decode_configs)),

@@ -16,6 +16,8 @@ from kvferry.deploy.cluster.description import ClusterDescription, read_descript
 from kvferry.deploy.cluster.host_processes import end_ray_processes
 from kvferry.deploy.cluster.shell import Shell, ShellError
 
+HEAD_TIMEOUT_S = 120.0
+
 ClusterArgument = Annotated[Path, typer.Argument(help="The cluster's YAML file, as for ray up; see docs/cluster.md.")]
 OptionalCluster = Annotated[
     Path | None, typer.Argument(help="The cluster's YAML file; without it, the Ray cluster of this machine is asked.")
@@ -102,14 +104,7 @@ def logs_command(
 ) -> None:
     """Print the last log lines of a cluster's processes."""
     if cluster is not None:
-        command = f"kvferry logs --config ~/kvferry.yaml --lines {lines} {name or ''}"
-        try:
-            done = Shell(_description(cluster)).on_head(command, timeout_s=120)
-        except ShellError as error:
-            fail(str(error))
-        sys.stdout.write(done.output)
-        if done.returncode:
-            fail(done.said)
+        _on_head(cluster, f"kvferry logs --config ~/kvferry.yaml --lines {lines} {name or ''}")
         return
     from kvferry.deploy.cluster import application
     from kvferry.deploy.cluster.logs import log_tails
@@ -142,18 +137,23 @@ def run_command(
 
 
 def scale_command(
+    cluster: OptionalCluster = None,
     config: ConfigOption = None,
     ray_address: RayAddress = "auto",
     prefill: Annotated[int | None, typer.Option(min=0, help="Prefill workers from now on.")] = None,
     decode: Annotated[int | None, typer.Option(min=1, help="Decode workers from now on.")] = None,
 ) -> None:
     """Change how many workers a running cluster has. Those with the highest numbers leave."""
-    from kvferry.deploy.cluster import application
-
-    name = read_settings(config).cluster.name
     counts = {role: count for role, count in (("prefill", prefill), ("decode", decode)) if count is not None}
     if not counts:
         fail("say how many workers: --prefill N, --decode N")
+    if cluster is not None:
+        options = " ".join(f"--{role} {count}" for role, count in counts.items())
+        _on_head(cluster, f"kvferry scale --config ~/kvferry.yaml {options}")
+        return
+    from kvferry.deploy.cluster import application
+
+    name = read_settings(config).cluster.name
     try:
         with application.connected(ray_address):
             for role, count in counts.items():
@@ -183,6 +183,17 @@ def end_host_command(
     except PermissionError as error:
         fail(f"a process of the cluster belongs to another user: {error}")
     print(json.dumps({"ended": ended}) if as_json else f"{len(ended)} processes ended")
+
+
+def _on_head(cluster: Path, command: str) -> None:
+    """Runs a command on the head and prints what it prints; ends with its error."""
+    try:
+        done = Shell(_description(cluster)).on_head(command, timeout_s=HEAD_TIMEOUT_S)
+    except ShellError as error:
+        fail(str(error))
+    sys.stdout.write(done.output)
+    if done.returncode:
+        fail(done.said)
 
 
 def _status_here(name: str, ray_address: str) -> dict[str, Any]:
