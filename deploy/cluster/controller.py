@@ -77,6 +77,7 @@ class Controller:
             "decode": settings.decode.count,
             "gateway": settings.gateway.count,
         }
+        self._counts |= _counts_of_running(settings.cluster.name)
         self._processes: dict[str, _Process] = {}
         self._problem = ""
         self._born = time.monotonic()
@@ -271,6 +272,17 @@ class Controller:
         for process in processes:
             ray.kill(process.handle, no_restart=True)
             logger.info("%s has ended", process.member.name)
+
+
+def _counts_of_running(namespace: str) -> dict[str, int]:
+    """Prefill and decode workers by the processes that are there: `scale` may have been called before this controller
+    was started again. Empty where there is none yet."""
+    found: dict[str, int] = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        role, _, index = actor["name"].rpartition("-")
+        if actor["namespace"] == namespace and role in ("prefill", "decode"):
+            found[role] = max(found.get(role, 0), int(index) + 1)
+    return found
 
 
 def _machines() -> list[Machine]:

@@ -95,6 +95,8 @@ class Host:
 
     def processes(self) -> dict[int, str]:
         """Every process of this host by its pid on this machine, with its command line, but the first (sshd)."""
+        if self.process is None:
+            return {}
         init = self.init_pid
         namespace = os.readlink(f"/proc/{init}/ns/pid")
         found: dict[int, str] = {}
@@ -152,10 +154,7 @@ class Lab:
     def close(self) -> None:
         """Ends every process of every host, then removes namespaces and files. Safe to call twice."""
         for host in self.hosts.values():
-            if host.process is not None:
-                host.process.kill()  # --kill-child: its child is the first process of the PID namespace
-                host.process.wait()
-                host.process = None
+            self.switch_off(host)
         while self._made:
             _run("ip", "netns", "del", self._made.pop())
         mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
@@ -205,6 +204,13 @@ class Lab:
                 f"{command!r} on {host.name} took more than {timeout_s:.0f} s: {(done.output + done.errors)[-1500:]}"
             )
         return done
+
+    def switch_off(self, host: Host) -> None:
+        """Ends all processes of a host at once, as a power loss would; nobody answers at its address then."""
+        if host.process is not None:
+            host.process.kill()  # --kill-child: its child is the first process of the PID namespace
+            host.process.wait()
+            host.process = None
 
     def kill(self, host: Host, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
         """Sends a signal to a process of a host, by the host's own pid."""

@@ -84,7 +84,8 @@ class Scenario:
                 raise StepFailed(f"not within {timeout_s:g} s: {what}")
             time.sleep(2)
 
-    def run(self) -> None:
+    def run(self) -> list[int]:
+        """From `kvferry up` to `kvferry down`. Returns the answer's tokens."""
         lab = self._lab
         hosts = [host for host in lab.hosts.values() if host is not lab.client]
         with self.step("kvferry up: Ray on three machines over ssh, model loaded, serving"):
@@ -130,16 +131,95 @@ class Scenario:
                 check(again == tokens, "an answer changed after the restart")
             check(len(self._with_blocks()) == 2, "the worker that came back took no request")
 
+        with self.step("kill -9 of the controller: it finds all processes again"):
+            before = {p["name"]: p["pid"] for p in self.status()["processes"]}
+            self._kill_controller(hosts)
+            self.until("the controller is back", lambda: self.is_well(), RECOVER_TIMEOUT_S)
+            check(before == {p["name"]: p["pid"] for p in self.status()["processes"]}, "processes were started anew")
+
+        with self.step("kvferry scale --decode 3: a third decode worker takes requests"):
+            self.kvferry("scale cluster.yaml --decode 3", timeout_s=120)
+            self.until("decode-2 serves", lambda: self.is_well() and bool(self.process("decode-2")), RECOVER_TIMEOUT_S)
+            self.until("decode-2 takes a request", lambda: self._served_by(gateway, "decode-2", tokens), 60)
+        with self.step("kvferry scale --decode 2: it leaves"):
+            self.kvferry("scale cluster.yaml --decode 2", timeout_s=120)
+            self.until("decode-2 is gone", lambda: len(self.status()["processes"]) == 7, 60)
+            again, _, _ = self.ask(gateway)
+            check(again == tokens, "an answer changed after a worker left")
+
         with self.step("kvferry logs"):
             logs = self.kvferry("logs --cluster cluster.yaml decode-0 --lines 20", timeout_s=120).output
         check("kernels" in logs or "blocks" in logs, f"no log lines of decode-0: {logs!r}")
 
         with self.step("kvferry down"):
             self.kvferry("down cluster.yaml", timeout_s=240)
-        left = {host.name: host.processes() for host in lab.hosts.values()}
-        left = {name: processes for name, processes in left.items() if processes}
+        self.check_nothing_is_left()
+        return tokens
+
+    def run_plain(self, tokens: list[int]) -> None:
+        """The same with Ray's own command, and a machine that is lost."""
+        lab = self._lab
+        with self.step("plain ray up with the documented variable, until every process is well"):
+            command = "RAY_UP_enable_autoscaler_v2=0 ray up -y --no-config-cache cluster.yaml"
+            done = lab.run(lab.client, command, timeout_s=UP_TIMEOUT_S, log=self._log)
+            check(done.returncode == 0, f"ray up failed: {done.output[-1500:]}{done.errors[-1500:]}")
+            self.until("all is well", self.is_well, UP_TIMEOUT_S)
+        status = self.status()
+        gateway = next(p for p in status["processes"] if p["role"] == "gateway")
+        with self.step("a request"):
+            again, _, _ = self.ask(gateway["address"])
+            check(again == tokens, "another start of the cluster gives another answer")
+        lost = next(
+            h
+            for h in lab.hosts.values()
+            if h.name != "head" and h.address not in ("", gateway["machine"], lab.client.address)
+        )
+        moved = [
+            p["name"]
+            for p in status["processes"]
+            if p["machine"] == lost.address and p["role"] in ("prefill", "decode")
+        ]
+        with self.step(f"a machine is lost, with {' and '.join(moved)}: a request at once, and its workers elsewhere"):
+            lab.switch_off(lost)
+            started = time.monotonic()
+            again, _, _ = self.ask(gateway["address"])
+            print(f"    answered after {time.monotonic() - started:.1f} s")
+            check(again == tokens, "the loss of a machine changed an answer")
+            self.until(
+                f"{moved} run elsewhere",
+                lambda: all(
+                    (p := self.process(n))["health"] == "SERVING" and p["machine"] != lost.address for n in moved
+                ),
+                RECOVER_TIMEOUT_S,
+            )
+        with self.step("kvferry down, one machine unreachable"):
+            done = self.kvferry("down cluster.yaml", timeout_s=240, may_fail=True)
+        check(done.returncode == 1 and lost.address in done.errors, f"the lost machine is not named: {done.errors}")
+        self.check_nothing_is_left()
+
+    def check_nothing_is_left(self) -> None:
+        left = {host.name: processes for host in self._lab.hosts.values() if (processes := host.processes())}
         check(not left, f"processes were left behind: {left}")
         print("    no process is left on any host")
+
+    def is_well(self) -> bool:
+        try:
+            return bool(self.status()["well"])
+        except StepFailed:  # no controller, at the moment
+            return False
+
+    def _served_by(self, gateway: str, name: str, tokens: list[int]) -> bool:
+        again, _, _ = self.ask(gateway)
+        check(again == tokens, "another worker gives another answer")
+        return name in self._with_blocks()
+
+    def _kill_controller(self, hosts: list[Host]) -> None:
+        for host in hosts:
+            for pid, line in host.processes().items():
+                if line.startswith("ray::Controller"):
+                    os.kill(pid, signal.SIGKILL)
+                    return
+        raise StepFailed("no controller runs")
 
     def _with_blocks(self) -> set[str]:
         """Decode workers that keep blocks of finished prompts."""
@@ -177,6 +257,7 @@ def write_files(host: Host, names: list[str], addresses: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--log", type=Path, default=Path("/tmp/kvferry-test-cluster.log"))
+    parser.add_argument("--short", action="store_true", help="without the part with plain ray up and a lost machine")
     arguments = parser.parse_args()
     if problem := why_not():
         print(f"test-cluster is skipped: {problem}")
@@ -194,7 +275,9 @@ def main() -> None:
             write_files(lab.client, [h.name for h in machines], [h.address for h in machines])
             scenario = Scenario(lab, arguments.log)
             try:
-                scenario.run()
+                tokens = scenario.run()
+                if not arguments.short:
+                    scenario.run_plain(tokens)
             except BaseException:
                 save_logs(lab, arguments.log)
                 raise
