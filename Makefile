@@ -8,7 +8,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 STUBS := src/kvferry/proto
-PROTOS := inference kvstore worker
+PROTOS := directory inference kvstore worker
+
+# Test files that run at the same time.
+JOBS ?= 2
 
 # Random examples of the kernels' formats; the other deep tests only ask whether it is set.
 DEEP ?= 1000
@@ -22,7 +25,7 @@ demo: $(VENV)/.demo  ## install what the demo needs and run it
 	$(BIN)/kvferry demo
 
 test: $(VENV)/.dev  ## install what the tests need and run them
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-deep: $(VENV)/.dev  ## the tests that take more cases when asked: kills, faults, damage, random formats
 	KVFERRY_DEEP=$(DEEP) $(BIN)/python -m pytest tests/faults tests/kvstore/test_disk_backend.py \

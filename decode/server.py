@@ -10,6 +10,7 @@ import grpc
 
 from kvferry.decode.admission import RequestTooLarge, WorkerFull
 from kvferry.decode.config import DecodeConfig
+from kvferry.decode.metrics import DecodeMetrics
 from kvferry.decode.prefill_stream import PrefillChannels, PrefillFailed, PrefillStream, RemotePrefillStream
 from kvferry.decode.running import DecodeFailed
 from kvferry.decode.warm import AnswerWarmer
@@ -17,6 +18,7 @@ from kvferry.decode.worker import Answer, DecodeWorker, RequestUsage
 from kvferry.kernels.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from kvferry.kvstore.identity import namespace_of
 from kvferry.proto import worker_pb2, worker_pb2_grpc
+from kvferry.proto.request_id import bind_request_id
 from kvferry.proto.trailing_metadata import RETRY_AFTER_KEY
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         self._local_prefill = local_prefill
         self._channels = PrefillChannels()
         self.warmer = AnswerWarmer()
+        self.metrics = DecodeMetrics(info.model_name)
 
     async def close(self) -> None:
         await self.warmer.close()
@@ -55,6 +58,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
     async def Generate(
         self, request: worker_pb2.DecodeRequest, context: Context
     ) -> AsyncIterator[worker_pb2.TokenChunk]:
+        bind_request_id(request.request_id)
         await self._check(request, context)
         answers = self._worker.generate(
             token_ids=list(request.token_ids),
@@ -65,12 +69,16 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             priority=request.priority,
         )
         written: list[int] = []
+        usage, finished = None, False
         try:
             async with aclosing(answers):
                 async for answer in answers:
+                    usage = answer.usage
+                    self.metrics.tokens.inc()
                     if answer.choice == 0:
                         written.append(answer.event.token.token_id)
                     yield answer_to_pb(answer)
+            finished = True
             self._warm(request, written)
         except RequestTooLarge as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
@@ -83,6 +91,15 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             if not isinstance(error, DecodeFailed | ValueError):
                 logger.exception("a decode request failed")
             await context.abort(grpc.StatusCode.INTERNAL, f"decode failed: {error}")
+        finally:
+            logger.debug("decoding %s", "finished" if finished else "ended", extra={"fields": {"tokens": len(written)}})
+            self.metrics.ended(
+                usage,
+                finished=finished,
+                num_tokens=len(request.token_ids),
+                block_size=self._info.block_size,
+                bf16_bytes_per_token=self._info.kv_bytes_per_token_bf16,
+            )
 
     async def _check(self, request: worker_pb2.DecodeRequest, context: Context) -> None:
         total = len(request.token_ids) + request.sampling.max_tokens

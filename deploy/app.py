@@ -30,13 +30,16 @@ import torch
 from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
 from kvferry.deploy.gateway_server import GatewayServer
+from kvferry.deploy.membership import Membership
 from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.role_configs import decode_config, nth_port, own_prefill_config, prefill_config
+from kvferry.deploy.routing.router import Router
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
+from kvferry.kvstore.process_logs import LogConfig, configure_logs
 from kvferry.kvstore.ring_config import RingConfig
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.kvstore.store_config import make_backend
@@ -50,15 +53,23 @@ RAY_OBJECT_STORE_BYTES = 80_000_000
 """Ray's smallest object store: nothing of ours goes through it."""
 
 
-class StoreActor:
+class LoggingActor:
+    """Logs as the deployment's settings say."""
+
+    async def log_as(self, config: LogConfig, name: str) -> None:
+        configure_logs(config, process=name)
+
+
+class StoreActor(LoggingActor):
     """A KV store node."""
 
     async def start(self, settings: Settings, index: int) -> str:
-        _log_to_stderr()
         tune_malloc()
         store = settings.store
         backend = await asyncio.to_thread(make_backend, store.store_config(index))
-        self._server = KVStoreServer(backend, NodeConfig(host=store.host, port=store.port and store.port + index))
+        port = store.port and store.port + index
+        config = NodeConfig(host=store.host, port=port, metrics=settings.metrics.place(port))
+        self._server = KVStoreServer(backend, config)
         await self._server.start()
         return self._server.address
 
@@ -69,7 +80,7 @@ class StoreActor:
         return os.getpid()
 
 
-class WorkerActor:
+class WorkerActor(LoggingActor):
     """A prefill or decode worker: `config` decides which. With `own_prefill`, a decode worker with both roles."""
 
     async def start(
@@ -81,7 +92,6 @@ class WorkerActor:
         own_prefill: PrefillConfig | None,
         store_cache_bytes: int | None,
     ) -> str:
-        _log_to_stderr()
         tune_malloc()
         torch.set_num_threads(threads)
         self._runtime = await asyncio.to_thread(ModelRuntime, model)
@@ -105,11 +115,10 @@ class WorkerActor:
         return os.getpid()
 
 
-class GatewayActor:
+class GatewayActor(LoggingActor):
     """The gateway; ready when it could serve a request."""
 
     async def start(self, settings: Settings, prefill: list[str], decode: list[str]) -> str:
-        _log_to_stderr()
         self._server = await make_gateway(settings, prefill=prefill, decode=decode)
         port = await self._server.start()
         await self._server.wait_until_serving(60)
@@ -135,8 +144,18 @@ def model_config(settings: Settings) -> ModelConfig:
     )
 
 
-async def make_gateway(settings: Settings, *, prefill: list[str], decode: list[str]) -> GatewayServer:
-    """A gateway for these workers, not started. Reads the model's tokenizer and configuration, not its weights."""
+async def make_gateway(
+    settings: Settings,
+    *,
+    prefill: list[str],
+    decode: list[str],
+    router: Router | None = None,
+    membership: Membership | None = None,
+) -> GatewayServer:
+    """A gateway for these workers, not started. Reads the model's tokenizer and configuration, not its weights.
+
+    `router`: None: as the settings say. `membership`: where the workers come from, in place of the addresses.
+    """
     from transformers import AutoConfig
 
     source = await asyncio.to_thread(find_model, settings.model)
@@ -151,7 +170,10 @@ async def make_gateway(settings: Settings, *, prefill: list[str], decode: list[s
             prefill_workers=tuple(prefill),
             host=gateway.host,
             port=gateway.port,
+            metrics=settings.metrics.place(gateway.port),
             tenant=gateway.tenant,
+            router=gateway.router,
+            router_memory=gateway.router_memory,
             eos_token_ids=tuple(end_token_ids(source, tokenizer)),
             tokenizer_digest=tokenizer_digest(tokenizer),
             limits=RequestLimits(
@@ -164,6 +186,8 @@ async def make_gateway(settings: Settings, *, prefill: list[str], decode: list[s
         ),
         tokenizer=tokenizer,
         model=ModelLimits(max_model_len=min(settings.max_model_len or window, window), vocab_size=config.vocab_size),
+        router=router,
+        membership=membership,
     )
 
 
@@ -288,6 +312,7 @@ class Deployment:
     def _begin(self, name: str, actor: type, *args: object, num_gpus: float = 0) -> Any:
         handle = ray.remote(actor).options(num_cpus=1, num_gpus=num_gpus, max_restarts=0).remote()
         self._actors[name] = handle
+        handle.log_as.remote(self.settings.log.config(), name)
         return handle.start.remote(*args)
 
     def _finish(self, name: str, start: Any) -> str:
@@ -299,8 +324,3 @@ class Deployment:
         self.processes[name] = ray.get(self._actors[name].pid.remote(), timeout=STOP_TIMEOUT_S)
         logger.info("%s is up on %s", name, address)
         return address
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)

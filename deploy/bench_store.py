@@ -27,6 +27,7 @@ from typing import Any
 
 import grpc.aio
 
+from kvferry.deploy.bench_store_peer import mooncake_contenders
 from kvferry.deploy.bench_store_tcp import tcp_seconds
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.codec import encode_record
@@ -75,15 +76,17 @@ def bench_store(
     rounds: int = 7,
     bytes_a_round: int = 64_000_000,
     redis_server: str | None = None,
+    peer_python: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> StoreRates:
     """Starts the processes, measures and ends them. Without a Redis server the Redis contenders are left out.
+    `peer_python`: an interpreter with Mooncake's package; None: no peer.
 
     Raises RuntimeError when a process does not start, KVStoreError when a store call fails.
     """
     tune_malloc()
     server = redis_server or find_redis_server()
-    rates = asyncio.run(_measure_all(record_bytes, rounds, bytes_a_round, server, progress))
+    rates = asyncio.run(_measure_all(record_bytes, rounds, bytes_a_round, server, peer_python, progress))
     return StoreRates(rates, rounds, bytes_a_round, os.cpu_count() or 1, os.getloadavg()[0])
 
 
@@ -112,7 +115,12 @@ def print_store_rates(results: StoreRates) -> None:
 
 
 async def _measure_all(
-    sizes: list[int], rounds: int, bytes_a_round: int, server: str | None, progress: Callable[[str], None]
+    sizes: list[int],
+    rounds: int,
+    bytes_a_round: int,
+    server: str | None,
+    peer_python: Path | None,
+    progress: Callable[[str], None],
 ) -> list[Rate]:
     rates: list[Rate] = []
     with tempfile.TemporaryDirectory(prefix="kvferry-bench-") as folder:
@@ -120,6 +128,9 @@ async def _measure_all(
             count = max(2, min(2000, bytes_a_round // size))
             async with AsyncExitStack() as stack:
                 contenders = await _contenders(stack, Path(folder) / str(size), size, count, server)
+                if peer_python is not None:
+                    peers = await mooncake_contenders(stack, peer_python, size, count)
+                    contenders |= {name: (run, "plain TCP get") for name, run in peers.items()}
                 seconds: dict[str, list[float]] = {name: [] for name in contenders}
                 for number in range(rounds + 1):
                     for name, (run, _) in contenders.items():

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from kvferry.deploy.bench_router.command import bench_router_command
 from kvferry.deploy.bench_serve.command import bench_serve_command
 from kvferry.deploy.cli_bench import bench_decode_command, bench_memory_command
 from kvferry.deploy.cli_bench_store import bench_store_command
@@ -31,6 +32,7 @@ from kvferry.deploy.prefix.commands import prefix
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.store_settings import disk_options
+from kvferry.kvstore.process_logs import configure_logs
 
 app = typer.Typer(
     name="kvferry",
@@ -52,6 +54,7 @@ bench.command("decode")(bench_decode_command)
 bench.command("memory")(bench_memory_command)
 bench.command("chooser")(bench_chooser_command)
 bench.command("transfer")(bench_transfer_command)
+bench.command("router")(bench_router_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 app.add_typer(prefix, name="prefix")
@@ -103,7 +106,7 @@ def serve(
         decode={"kv_memory": kv_memory},
         store={"memory": store_memory, "disk": disk_options(store_disk, store_disk_bytes), "redis": redis},
     )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    configure_logs(settings.log.config(), process="serve")
     stopping = threading.Event()
     try:
         with Deployment(settings) as deployment:

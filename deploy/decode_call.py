@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from contextlib import ExitStack
 
 import grpc
 
@@ -19,7 +20,7 @@ from kvferry.deploy.errors import (
     WorkerFailed,
     WorkerLost,
 )
-from kvferry.deploy.worker_pool import PooledWorker
+from kvferry.deploy.worker_pool import WorkerPair
 from kvferry.proto import inference_pb2, worker_pb2
 from kvferry.proto.trailing_metadata import retry_after_ms
 
@@ -29,13 +30,23 @@ _DEFAULT_RETRY_MS = 1_000
 
 
 async def decode(
-    worker: PooledWorker, request: worker_pb2.DecodeRequest, answers: Answers, deadline: float
+    pair: WorkerPair, request: worker_pb2.DecodeRequest, answers: Answers, deadline: float
 ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
-    """The chunks of all answers, each to its end or to a stop string. Leaving early cancels the call at once."""
+    """The chunks of all answers, each to its end or to a stop string. Leaving early cancels the call at once.
+
+    Raises `WorkerLost` when the decode worker is given up, or the prefill worker before the first token.
+    """
+    worker, prefill = pair
     answers.start_worker()
     call = worker.decode.Generate(request, timeout=max(deadline - time.monotonic(), 0.001))
+    waiting = ExitStack()
+    waiting.enter_context(worker.ending(call.cancel))
+    prefilling = waiting.enter_context(ExitStack())
+    if prefill is not None:
+        prefilling.enter_context(prefill.ending(call.cancel))
     try:
         async for worker_chunk in call:
+            prefilling.close()
             chunk = answers.add(worker_chunk)
             if chunk is not None:
                 yield chunk
@@ -50,8 +61,11 @@ async def decode(
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise _lost(answers.num_tokens) from None  # not we are cancelled: the worker's channel was closed
+        raise _lost(
+            answers.num_tokens
+        ) from None  # not we are cancelled: the worker's channel was closed, or the worker given up
     finally:
+        waiting.close()
         call.cancel()
 
 

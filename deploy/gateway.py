@@ -6,7 +6,6 @@ client ──Generate──▶ gateway ──Decode.Generate──▶ decode wor
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator
@@ -22,16 +21,17 @@ from kvferry.deploy.detokenizer import Detokenizer, TokenTexts, special_token_id
 from kvferry.deploy.errors import InvalidField, NoWorker, PromptTooLong, RequestIdInUse, UnknownModel, WorkerLost
 from kvferry.deploy.interceptor import seconds_left
 from kvferry.deploy.prompt import PromptEncoder, Tokenizer
-from kvferry.deploy.router import Router
+from kvferry.deploy.request_record import request_record
+from kvferry.deploy.routing.router import Route, RoutedRequest, Router
 from kvferry.deploy.sampling import SamplingRules
 from kvferry.deploy.warm_prompt import warm_prompt
 from kvferry.deploy.worker_pool import PooledWorker, WorkerPair, WorkerPool
 from kvferry.proto import inference_pb2, inference_pb2_grpc, worker_pb2
+from kvferry.proto.request_id import REQUEST_ID, bind_request_id
 
 _logger = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ATTEMPTS = 3
 _MAX_WARMING = 8
 _MAX_WARM_QUEUED = 64
@@ -69,6 +69,16 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._warming = Admission(max_concurrent=_MAX_WARMING, max_queued=_MAX_WARM_QUEUED)
         self._request_ids: set[str] = set()
 
+    @property
+    def num_running(self) -> int:
+        """Requests to `Generate` that have a turn."""
+        return self._answering.num_running
+
+    @property
+    def num_queued(self) -> int:
+        """Requests to `Generate` that wait for one."""
+        return self._answering.num_queued
+
     def close(self) -> None:
         self._prompts.close()
 
@@ -83,11 +93,12 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         with self._unique_request_id(request.request_id) as request_id:
             self._check_serving()
             async with self._answering.slot():
+                request_record().admitted()
                 token_ids = await self._prompts.encode(request)
                 self._sampling.fit_max_tokens(
                     params,
                     num_prompt_tokens=len(token_ids),
-                    max_model_len=self._max_model_len(self._pool.pairs()),
+                    max_model_len=self._max_model_len(),
                 )
                 decode_request = worker_pb2.DecodeRequest(
                     request_id=request_id,
@@ -116,21 +127,23 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._check_serving()
         async with self._warming.slot():
             token_ids = await self._prompts.encode(request)
-            max_model_len = self._max_model_len(self._pool.pairs())
+            max_model_len = self._max_model_len()
             if len(token_ids) >= max_model_len:
                 raise PromptTooLong(
                     f"The prompt has {len(token_ids):,} tokens; the model takes {max_model_len - 1:,} and an answer."
                 )
-            pair = self._pick(worker_pb2.DecodeRequest(token_ids=token_ids), ())
-            worker = pair.prefill or pair.decode
-            usage = await warm_prompt(
-                worker,
-                token_ids,
-                request_id=secrets.token_hex(16),
-                tenant=self._config.tenant,
-                priority=request.priority,
-                timeout_s=max(deadline - time.monotonic(), 0.001),
-            )
+            warmed = worker_pb2.DecodeRequest(tenant=self._config.tenant, token_ids=token_ids)
+            route = self._pick(warmed, (), warm=True)
+            worker = route.prefill or route.decode
+            with route.prefilling():
+                usage = await warm_prompt(
+                    worker,
+                    token_ids,
+                    request_id=secrets.token_hex(16),
+                    tenant=self._config.tenant,
+                    priority=request.priority,
+                    timeout_s=max(deadline - time.monotonic(), 0.001),
+                )
         size = worker.info.block_size if worker.info else 0
         return inference_pb2.WarmReply(
             prompt_tokens=len(token_ids),
@@ -147,19 +160,17 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._prompts.check(request)
         async with self._counting.slot():
             token_ids = await self._prompts.encode(request)
-        return inference_pb2.CountTokensReply(
-            tokens=len(token_ids), max_model_len=self._max_model_len(self._pool.pairs())
-        )
+        return inference_pb2.CountTokensReply(tokens=len(token_ids), max_model_len=self._max_model_len())
 
     async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Any) -> inference_pb2.ListModelsReply:
         """The served model, or nothing while no workers can serve it."""
-        pairs = self._pool.pairs()
-        info = pairs[0].decode.info if pairs else None
+        candidates = self._pool.candidates()
+        info = candidates.groups[0].decodes[0].info if candidates else None
         if info is None:
             return inference_pb2.ListModelsReply()
         model = inference_pb2.Model(
             id=self._config.model_name,
-            max_model_len=self._max_model_len(pairs),
+            max_model_len=self._max_model_len(),
             effective_bits=info.effective_bits,
             kernels=info.kernels,
         )
@@ -171,14 +182,17 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         """The answers from one pair of workers; from others where the first ones are lost, without what was sent."""
         failed: list[PooledWorker] = []
         for attempt in range(1, _MAX_ATTEMPTS + 1):
-            pair = self._pick(request, failed)
+            route = self._pick(request, failed)
+            pair = WorkerPair(route.decode, route.prefill)
             request.prefill_address = pair.prefill.address if pair.prefill else ""
+            request_record().assigned(pair.decode.address, pair.prefill_address)
             with ExitStack() as decoding, ExitStack() as prefilling:
                 decoding.enter_context(pair.decode.in_use())
                 if pair.prefill:
                     prefilling.enter_context(pair.prefill.in_use())
+                prefilling.enter_context(route.prefilling())
                 try:
-                    chunks = decode(pair.decode, request, answers, deadline)
+                    chunks = decode(pair, request, answers, deadline)
                     async with aclosing(chunks):
                         async for chunk in chunks:
                             prefilling.close()
@@ -190,23 +204,22 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                     failed += pair.workers
                     if attempt == _MAX_ATTEMPTS:
                         raise
-                    if not self._pairs_without(failed):
+                    if not self._pool.candidates().without(failed):
                         raise WorkerLost(f"{error} No other worker is ready.") from None
-                    _logger.warning("request %s goes to other workers", request.request_id)
+                    _logger.warning("a request goes to other workers")
 
-    def _pick(self, request: worker_pb2.DecodeRequest, failed: Collection[PooledWorker]) -> WorkerPair:
+    def _pick(
+        self, request: worker_pb2.DecodeRequest, failed: Collection[PooledWorker], *, warm: bool = False
+    ) -> Route[PooledWorker]:
         self._check_serving()
         needed = len(request.token_ids) + request.sampling.max_tokens
-        pairs = [p for p in self._pairs_without(failed) if p.max_model_len >= needed]
-        if not pairs:
+        candidates = self._pool.candidates().without(failed).with_room(needed)
+        if not candidates:
             raise NoWorker(f"No worker that is ready now has room for {needed:,} tokens.")
-        return self._router.pick(pairs, request.token_ids)
-
-    def _pairs_without(self, failed: Collection[PooledWorker]) -> list[WorkerPair]:
-        """Pairs without failed workers, or else those where one of two has not failed."""
-        pairs = self._pool.pairs()
-        fresh = [p for p in pairs if not any(w in failed for w in p.workers)]
-        return fresh or [p for p in pairs if not all(w in failed for w in p.workers)]
+        routed = RoutedRequest(
+            tenant=request.tenant, token_ids=request.token_ids, max_tokens=request.sampling.max_tokens, warm=warm
+        )
+        return self._router.pick(candidates, routed)
 
     def _new_answer(self, request: worker_pb2.DecodeRequest, stop: Iterable[str]) -> Answer:
         return Answer(
@@ -217,9 +230,9 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             token_texts=self._token_texts,
         )
 
-    def _max_model_len(self, pairs: Iterable[WorkerPair]) -> int:
+    def _max_model_len(self) -> int:
         own = self._model.max_model_len
-        return min(own, max((pair.max_model_len for pair in pairs), default=own))
+        return min(own, self._pool.candidates().max_model_len or own)
 
     def _check_serving(self) -> None:
         if problem := self._pool.why_not_serving():
@@ -232,7 +245,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
     @contextmanager
     def _unique_request_id(self, request_id: str) -> Iterator[str]:
         request_id = request_id or secrets.token_hex(16)
-        if not _REQUEST_ID.fullmatch(request_id):
+        if not REQUEST_ID.fullmatch(request_id):
             raise InvalidField(
                 f"request_id is {len(request_id)} characters long; "
                 "allowed: 1 to 128 letters, digits, '.', '_', ':' or '-'."
@@ -240,6 +253,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         if request_id in self._request_ids:
             raise RequestIdInUse("A request with this request_id is running.")
         self._request_ids.add(request_id)
+        bind_request_id(request_id)
         try:
             yield request_id
         finally:
@@ -247,6 +261,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
 
 
 def _usage(request: worker_pb2.DecodeRequest, answers: Answers, pair: WorkerPair) -> inference_pb2.Usage:
+    request_record().accounted(answers.worker_usage)
     info = pair.decode.info or worker_pb2.WorkerInfo()
     usage = usage_from_worker(answers.worker_usage, kv_bytes_per_token_bf16=info.kv_bytes_per_token_bf16)
     usage.prompt_tokens = len(request.token_ids)

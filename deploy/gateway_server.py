@@ -9,13 +9,19 @@ from typing import Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client.core import Metric
 
 from kvferry.deploy.config import GatewayConfig, ModelLimits
 from kvferry.deploy.gateway import SERVICE, Gateway
+from kvferry.deploy.gateway_metrics import GatewayMetrics, gateway_families
 from kvferry.deploy.interceptor import EdgeInterceptor
+from kvferry.deploy.membership import Membership, StaticMembership
+from kvferry.deploy.observed_gateway import ObservedGateway
 from kvferry.deploy.prompt import Tokenizer
-from kvferry.deploy.router import LeastOutstanding, Router
+from kvferry.deploy.routing.policies import make_router
+from kvferry.deploy.routing.router import Router
 from kvferry.deploy.worker_pool import WorkerPool
+from kvferry.kvstore.metrics_endpoint import MetricsEndpoint
 from kvferry.proto import inference_pb2_grpc
 from kvferry.proto.grpc_options import server_options
 
@@ -36,8 +42,14 @@ class GatewayServer:
         tokenizer: Tokenizer,
         model: ModelLimits,
         router: Router | None = None,
+        membership: Membership | None = None,
     ) -> None:
+        """`membership`: where the workers come from, in place of the config's addresses. Closed with the server."""
         self._config = config
+        self._membership = membership or StaticMembership.of(
+            decode=config.decode_workers, prefill=config.prefill_workers
+        )
+        self._following: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
         self._pool = WorkerPool(
             model_name=config.model_name,
@@ -51,8 +63,12 @@ class GatewayServer:
             tokenizer=tokenizer,
             model=model,
             pool=self._pool,
-            router=router or LeastOutstanding(),
+            router=router or make_router(config.router, index_bytes=config.router_memory),
         )
+        self.metrics = GatewayMetrics(config.model_name)
+        self._endpoint: MetricsEndpoint | None = None
+        self.metrics_port = 0
+        """Where Prometheus asks, once started; 0: nowhere."""
         self._changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
 
@@ -69,14 +85,18 @@ class GatewayServer:
             ],
             options=server_options(max_receive_bytes=limits.max_prompt_bytes + _MESSAGE_OVERHEAD_BYTES),
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._gateway, server)
+        observed = ObservedGateway(self._gateway, self.metrics, default_timeout_s=limits.default_timeout_s)
+        inference_pb2_grpc.add_InferenceServicer_to_server(observed, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self._update_health()
         try:
             port = server.add_insecure_port(f"{config.host}:{config.port}")
         except RuntimeError:
             raise OSError(f"cannot listen on {config.host}:{config.port}") from None
-        self._pool.set_addresses(decode=config.decode_workers, prefill=config.prefill_workers)
+        self._following = asyncio.create_task(self._follow_members())
+        if config.metrics is not None:
+            self._endpoint = MetricsEndpoint(config.metrics, self._families, also=[self.metrics.registry])
+            self.metrics_port = await self._endpoint.start()
         await server.start()
         self._server = server
         return port
@@ -86,7 +106,13 @@ class GatewayServer:
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(grace)
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self._membership.close()
         await self._pool.close()
+        if self._endpoint is not None:
+            await self._endpoint.stop()
         self._gateway.close()
 
     async def wait_for_termination(self) -> None:
@@ -111,6 +137,20 @@ class GatewayServer:
     def set_workers(self, *, decode: Iterable[str], prefill: Iterable[str] = ()) -> None:
         """Replaces the worker addresses, for workers that moved, came or left."""
         self._pool.set_addresses(decode=decode, prefill=prefill)
+
+    async def _follow_members(self) -> None:
+        async for members in self._membership.watch():
+            self.set_workers(decode=members.addresses("decode"), prefill=members.addresses("prefill"))
+
+    async def _families(self) -> list[Metric]:
+        told = gateway_families(
+            model_name=self._config.model_name,
+            num_running=self._gateway.num_running,
+            num_queued=self._gateway.num_queued,
+            num_pairs=len(self._pool.pairs()),
+            serving=not self.problem,
+        )
+        return list(told)
 
     async def _update_health(self) -> None:
         status = health_pb2.HealthCheckResponse

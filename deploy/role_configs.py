@@ -10,12 +10,21 @@ from kvferry.prefill.config import PrefillConfig
 def prefill_config(settings: Settings, *, host: str, port: int) -> PrefillConfig:
     """Of a prefill worker that listens there; 0: any free port."""
     role = settings.prefill
-    return PrefillConfig(host=host, port=port, max_requests=role.max_requests, fetch=role.fetch)
+    return PrefillConfig(
+        host=host,
+        port=port,
+        metrics=settings.metrics.place(port),
+        max_requests=role.max_requests,
+        fetch=role.fetch,
+    )
 
 
 def own_prefill_config(settings: Settings) -> PrefillConfig | None:
     """What a decode worker with both roles prefills by; None where there are prefill workers."""
-    return None if settings.prefill.count else prefill_config(settings, host="127.0.0.1", port=0)
+    if settings.prefill.count:
+        return None
+    role = settings.prefill
+    return PrefillConfig(max_requests=role.max_requests, fetch=role.fetch)
 
 
 def decode_config(settings: Settings, *, host: str, port: int) -> DecodeConfig:
@@ -24,6 +33,7 @@ def decode_config(settings: Settings, *, host: str, port: int) -> DecodeConfig:
     return DecodeConfig(
         host=host,
         port=port,
+        metrics=settings.metrics.place(port),
         kv_memory=role.kv_memory,
         max_num_seqs=role.max_num_seqs,
         prefix_caching=role.prefix_caching,

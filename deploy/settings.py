@@ -20,6 +20,9 @@ from pydantic_settings import (
 
 from kvferry.deploy.cluster.settings import ClusterSettings
 from kvferry.deploy.memory_size import KVMemory
+from kvferry.deploy.operations_settings import LogSettings, MetricsSettings
+from kvferry.deploy.routing.policies import Policy
+from kvferry.deploy.routing.prefix import DEFAULT_INDEX_BYTES
 from kvferry.deploy.store_settings import Bytes, Port, Section, StoreSettings
 from kvferry.deploy.weight_quantization_names import WeightQuantization
 from kvferry.kernels.presets import DEFAULT_PRESET
@@ -38,6 +41,10 @@ class GatewaySettings(Section):
     tenant: str = "default"
     count: int = Field(1, ge=1, le=64)
     """In a cluster: gateways, one on each machine, all on this port."""
+    router: Policy = "prefix"
+    """Which workers a request goes to; see docs/routing.md."""
+    router_memory: Bytes = DEFAULT_INDEX_BYTES
+    """What the policy `prefix` may use to remember where blocks are."""
 
 
 class PrefillSettings(Section):
@@ -107,6 +114,8 @@ class Settings(BaseSettings):
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
     cluster: ClusterSettings = ClusterSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    log: LogSettings = LogSettings()
 
     @classmethod
     def load(cls, path: Path | None = None, **overrides: Any) -> Settings:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -12,6 +12,8 @@ from typing import NamedTuple
 import grpc
 
 from kvferry.deploy.config import check_address
+from kvferry.deploy.routing.candidates import Candidates
+from kvferry.deploy.routing.worker_state import WorkerState
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
 
@@ -19,35 +21,60 @@ _logger = logging.getLogger(__name__)
 
 _MAX_SILENT_POLLS = 2  # a busy worker may miss one
 _LEAVING_GRACE_S = 600.0  # requests of a worker that is no longer named go on to their end
-_use_counter = itertools.count(1)
 
 
-class PooledWorker:
-    """One worker address, its channel, and what it answered to Describe."""
+class PooledWorker(WorkerState):
+    """One worker address, its channel, and what it answered to Describe and Stats."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
-        self.info: worker_pb2.WorkerInfo | None = None  # None: not usable now, because of `problem`
-        self.problem = "has not answered yet"
-        self.num_outstanding = 0
-        self.last_used = 0
+        super().__init__(address)
+        self.problem = "has not answered yet"  # why there is no `info`
         self.poll_now = asyncio.Event()
+        self.is_listed = True
+        """It may get requests; when not, its running ones go on to their end."""
         self.channel = grpc.aio.insecure_channel(address, options=channel_options())
         self.decode = worker_pb2_grpc.DecodeStub(self.channel)
-        self._describe = worker_pb2_grpc.WorkerStub(self.channel).Describe
+        stub = worker_pb2_grpc.WorkerStub(self.channel)
+        self._describe, self._stats = stub.Describe, stub.Stats
         self._num_silent_polls = 0
+        self._missed_slowly = False
+        self._ends: list[Callable[[], object]] = []
 
-    def has_role(self, role: str) -> bool:
-        return self.info is not None and role in self.info.roles
+    @property
+    def is_silent(self) -> bool:
+        """It has missed so many polls that it cannot be counted on."""
+        return self._num_silent_polls >= _MAX_SILENT_POLLS
+
+    async def poll_load(self, *, timeout: float) -> None:
+        """Refreshes `load`; without an answer the last one grows old, which `load` knows."""
+        asked_at = time.monotonic()
+        try:
+            stats = await self._stats(worker_pb2.StatsRequest(), timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            _logger.debug("worker %s does not say its load (%s)", self.address, error.code().name)
+        else:
+            self.load.heard(stats, asked_at=asked_at)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """It missed a poll, and the next one tells whether it is silent."""
+        return 0 < self._num_silent_polls < _MAX_SILENT_POLLS and self._missed_slowly
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        self.num_outstanding += 1
-        self.last_used = next(_use_counter)
+    def ending(self, end: Callable[[], object]) -> Iterator[None]:
+        """Runs `end` when the worker is given up in the meantime: what waits for it goes on elsewhere."""
+        self._ends.append(end)
         try:
             yield
         finally:
-            self.num_outstanding -= 1
+            self._ends.remove(end)
+
+    def give_up(self) -> int:
+        """Ends what waits for this worker; how much that was."""
+        ends = list(self._ends)
+        for end in ends:
+            end()
+        return len(ends)
 
     async def poll(self, *, model_name: str, tokenizer_digest: bytes, timeout: float) -> None:
         """Refreshes `info`; a worker that is gone loses it at once, a slow one after some polls.
@@ -58,8 +85,8 @@ class PooledWorker:
             info = await self._describe(worker_pb2.DescribeRequest(), timeout=timeout)
         except grpc.aio.AioRpcError as error:
             self._num_silent_polls += 1
-            is_slow = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-            if not is_slow or self._num_silent_polls >= _MAX_SILENT_POLLS or self.info is None:
+            self._missed_slowly = is_slow = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            if not is_slow or self.is_silent or self.info is None:
                 self.info = None
                 self.problem = f"does not answer ({error.code().name})"
             return
@@ -116,20 +143,24 @@ class WorkerPool:
         self._decode_addresses: tuple[str, ...] = ()
         self._prefill_addresses: tuple[str, ...] = ()
         self._workers: dict[str, PooledWorker] = {}
+        self._candidates: Candidates[PooledWorker] | None = None  # None: has to be found out again
         self._polls: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
+        self.num_calls_given_up = 0
+        """Calls that were ended because their worker was silent."""
 
     def set_addresses(self, *, decode: Iterable[str], prefill: Iterable[str]) -> None:
         """Starts to poll new workers and forgets those that are not named. Needs a running event loop."""
         self._decode_addresses = tuple(dict.fromkeys(decode))
         self._prefill_addresses = tuple(dict.fromkeys(prefill))
+        self._candidates = None
         wanted = dict.fromkeys((*self._decode_addresses, *self._prefill_addresses))
         for address in wanted:
             check_address(address)
         for address in [a for a in self._workers if a not in wanted]:
-            del self._workers[address]
-            poll = self._polls.pop(address)
-            poll.cancel()
+            worker, poll = self._workers.pop(address), self._polls.pop(address)
+            worker.is_listed = False
+            worker.poll_now.set()
             self._leaving.add(poll)
             poll.add_done_callback(self._leaving.discard)
         for address in wanted:
@@ -145,25 +176,28 @@ class WorkerPool:
             poll.cancel()
         await asyncio.gather(*polls, return_exceptions=True)
 
+    def candidates(self) -> Candidates[PooledWorker]:
+        """The usable workers; the same object until they change."""
+        if self._candidates is None:
+            self._candidates = Candidates.of(
+                self._usable(self._decode_addresses, "decode"),
+                self._usable(self._prefill_addresses, "prefill"),
+                has_prefills=bool(self._prefill_addresses),
+            )
+        return self._candidates
+
     def pairs(self) -> list[WorkerPair]:
-        """Every decode worker with every prefill worker of equal identity."""
-        prefills = self._usable(self._prefill_addresses, "prefill")
-        pairs: list[WorkerPair] = []
-        for decode in self._usable(self._decode_addresses, "decode"):
-            if not self._prefill_addresses:
-                if decode.has_role("prefill"):
-                    pairs.append(WorkerPair(decode, None))
-                continue
-            for prefill in prefills:
-                if prefill is decode:
-                    pairs.append(WorkerPair(decode, None))
-                elif _identity(prefill) == _identity(decode):
-                    pairs.append(WorkerPair(decode, prefill))
-        return pairs
+        """Every decode worker with every prefill worker of equal identity: many."""
+        return [
+            WorkerPair(decode, None if prefill is decode else prefill)
+            for group in self.candidates().groups
+            for decode in group.decodes
+            for prefill in group.prefills or (None,)
+        ]
 
     def why_not_serving(self) -> str:
         """A sentence for operators and clients; empty when there is a usable pair."""
-        if self.pairs():
+        if self.candidates():
             return ""
         decodes = self._usable(self._decode_addresses, "decode")
         if not decodes:
@@ -188,16 +222,30 @@ class WorkerPool:
         return [worker for address in addresses if (worker := self._workers.get(address)) and worker.has_role(role)]
 
     async def _poll_forever(self, worker: PooledWorker) -> None:
+        """Until the worker is not listed and none of its requests runs. Silence is found within
+        poll_interval_s + 2 * poll_timeout_s: after a missed poll the next one begins at once."""
+        leaving_since = None
         try:
-            while True:
+            while worker.is_listed or worker.num_outstanding:
+                if not worker.is_listed:
+                    leaving_since = leaving_since or time.monotonic()
+                    if time.monotonic() > leaving_since + _LEAVING_GRACE_S:
+                        return
                 before = worker.info
-                await worker.poll(
-                    model_name=self._model_name, tokenizer_digest=self._tokenizer_digest, timeout=self._poll_timeout_s
+                timeout = self._poll_timeout_s
+                await asyncio.gather(  # together, so that a silent worker is found no later
+                    worker.poll(model_name=self._model_name, tokenizer_digest=self._tokenizer_digest, timeout=timeout),
+                    worker.poll_load(timeout=timeout),
                 )
                 if worker.info != before:
+                    self._candidates = None
                     _log_change(worker)
                     await self._on_change()
+                if worker.is_silent:
+                    self._give_up(worker)
                 worker.poll_now.clear()
+                if worker.is_waited_for:
+                    continue
                 try:
                     async with asyncio.timeout(self._poll_interval_s):
                         await worker.poll_now.wait()
@@ -205,6 +253,12 @@ class WorkerPool:
                     pass
         finally:
             await worker.channel.close(_LEAVING_GRACE_S)
+
+    def _give_up(self, worker: PooledWorker) -> None:
+        """Ends a silent worker's calls, if there are others: else it may be slow, and waiting is all that is left."""
+        if any(worker not in pair.workers for pair in self.pairs()) and (ended := worker.give_up()):
+            self.num_calls_given_up += ended
+            _logger.warning("worker %s is silent: %d requests go elsewhere", worker.address, ended)
 
 
 def _log_change(worker: PooledWorker) -> None:

@@ -11,19 +11,23 @@ from dataclasses import dataclass, field
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client.core import Metric
 
 from kvferry.decode.cache import PackedCache
 from kvferry.decode.config import DecodeConfig
 from kvferry.decode.engine import DecodeEngine
+from kvferry.decode.executor import LocalDecode
 from kvferry.decode.prefill_stream import RemotePrefillStream
 from kvferry.decode.server import DecodeServicer
 from kvferry.decode.worker import DecodeWorker
 from kvferry.deploy.kv_memory import plan_kv_memory
 from kvferry.deploy.layer_windows import layer_windows
 from kvferry.deploy.local_prefill import LocalPrefillStream
+from kvferry.deploy.membership import Membership
 from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class, rows_are_invariant
 from kvferry.deploy.pass_width import widest_pass
+from kvferry.deploy.worker_metrics import worker_families
 from kvferry.kernels.dispatch import Selection, select_kernels
 from kvferry.kernels.forward import CausalModel, padded_rows
 from kvferry.kernels.layout import LAYOUT_VERSION, BlockLayout
@@ -33,12 +37,14 @@ from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES
 from kvferry.kvstore.connect import connect
+from kvferry.kvstore.metrics_endpoint import Collects, MetricsEndpoint
 from kvferry.kvstore.read_cache import ReadCache
 from kvferry.kvstore.ring import StoreRing
 from kvferry.kvstore.ring_config import RingConfig
 from kvferry.kvstore.store import Store
 from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
+from kvferry.prefill.executor import LocalPrefill
 from kvferry.prefill.server import PrefillServicer
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.grpc_options import server_options
@@ -102,7 +108,8 @@ class ModelRuntime:
         """Whether decode may pad a batch to any of its usual row counts without changing a bit."""
         width = widest_pass(self.model, model, block_size=self.layout.block_size) if self.rows_invariant else 1
         logger.info("prefill passes cover up to %d blocks", width)
-        self.engine = PrefillEngine(self.model, self.selection.kernels, self.layout, device, max_pass_blocks=width)
+        executor = LocalPrefill(self.model, self.selection.kernels, self.layout, device)
+        self.engine = PrefillEngine(executor, max_pass_blocks=width)
         self.identity = self._identity()
 
     def close(self) -> None:
@@ -168,10 +175,14 @@ class WorkerServer:
         own_prefill: PrefillConfig | None = None,
         store_cache_bytes: int | None = None,
         remote_prefill: type[RemotePrefillStream] = RemotePrefillStream,
+        membership: Membership | None = None,
     ) -> None:
         """`store_address`: host:port of the one store node, or several nodes. `own_prefill`: a decode worker has the
         role prefill, too, and hands over in memory. `store_cache_bytes`: keep so much of what the store gave.
-        `remote_prefill`: how it reaches other prefill workers."""
+        `remote_prefill`: how it reaches other prefill workers. `membership`: where the store's nodes come from, with a
+        ring as `store_address`; closed with the server."""
+        self._membership = membership
+        self._following: asyncio.Task[None] | None = None
         self._remote_prefill = remote_prefill
         self._runtime = runtime
         self._config = config
@@ -182,6 +193,9 @@ class WorkerServer:
         self._store: Store | None = None
         """The nodes, or a cache before them."""
         self._server: grpc.aio.Server | None = None
+        self._metrics: MetricsEndpoint | None = None
+        self.metrics_port = 0
+        """Where Prometheus asks, once started; 0: nowhere."""
         self._health = health.aio.HealthServicer()
         self._decode: tuple[DecodeEngine, DecodeServicer] | None = None
         self.prefill_servicer: PrefillServicer | None = None
@@ -214,9 +228,12 @@ class WorkerServer:
             port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        await self._serve_metrics(info)
         await server.start()
         self._server = server
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        if self._membership is not None:
+            self._following = asyncio.create_task(self._follow_members(self._membership))
         return f"{self._config.host}:{port}"
 
     def set_store_nodes(self, nodes: Sequence[str]) -> None:
@@ -230,12 +247,26 @@ class WorkerServer:
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(grace_s)
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        if self._membership is not None:
+            await self._membership.close()
         if self._decode is not None:
             engine, servicer = self._decode
             await servicer.close()
             await asyncio.to_thread(engine.close)
+        if self._metrics is not None:
+            await self._metrics.stop()
         if self._store is not None:
             await self._store.close()
+
+    async def _follow_members(self, membership: Membership) -> None:
+        async for members in membership.watch():
+            try:
+                self.set_store_nodes(members.addresses("store"))
+            except ValueError as error:
+                logger.warning("the store's nodes stay as they are: %s", error)
 
     def stats(self) -> worker_pb2.WorkerStats:
         """What the roles of this worker are doing now."""
@@ -257,13 +288,36 @@ class WorkerServer:
                     num_swaps=admission.num_swaps,
                     num_answers_published=servicer.warmer.num_warmed,
                     num_answers_not_published=servicer.warmer.num_left_out,
+                    step_seconds=engine.step_seconds,
                 )
             )
         return stats
 
+    async def _serve_metrics(self, info: worker_pb2.WorkerInfo) -> None:
+        if self._config.metrics is None:
+            return
+
+        async def families() -> list[Metric]:
+            told = worker_families(
+                info, self.stats(), prefill=self.prefill_servicer, nodes=self._nodes, store=self._store
+            )
+            return list(told)
+
+        of_requests: list[Collects] = []
+        if self.prefill_servicer is not None:
+            of_requests.append(self.prefill_servicer.metrics.registry)
+        if self._decode is not None:
+            of_requests.append(self._decode[1].metrics.registry)
+        self._metrics = MetricsEndpoint(self._config.metrics, families, also=of_requests)
+        self.metrics_port = await self._metrics.start()
+
     def _add_prefill(self, server: grpc.aio.Server, config: PrefillConfig, info: worker_pb2.WorkerInfo) -> None:
         self.prefill_servicer = servicer = PrefillServicer(
-            engine=self._runtime.engine, store=self._store, info=info, config=config
+            engine=self._runtime.engine,
+            store=self._store,
+            info=info,
+            config=config,
+            cache_blocks=(self._store_cache_bytes or 0) // info.block_bytes,
         )
         worker_pb2_grpc.add_PrefillServicer_to_server(servicer, server)
 
@@ -294,7 +348,7 @@ class WorkerServer:
             def pad_rows(n: int) -> int:
                 return rows
 
-        engine = DecodeEngine(runtime.model, runtime.selection.kernels, cache, pad_rows=pad_rows)
+        engine = DecodeEngine(LocalDecode(runtime.model, runtime.selection.kernels, cache, pad_rows=pad_rows))
         self.decode_worker = worker = DecodeWorker(engine=engine, cache=cache, store=self._store, config=config)
         roles = ["decode"] if self._own_prefill is None else ["prefill", "decode"]
         info = runtime.info(roles=roles, pool_blocks=plan.num_blocks)

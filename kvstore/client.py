@@ -42,6 +42,7 @@ from kvferry.kvstore.record_reader import RecordReader
 from kvferry.kvstore.verifier import Verifier
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto import kvstore_pb2_grpc
+from kvferry.proto.request_id import request_id_metadata
 
 
 class LookupResult(NamedTuple):
@@ -130,7 +131,9 @@ class StoreClient:
         """
         request = pb.LookupRequest(keys=_checked_keys(keys), lease_ms=int(lease_s * 1000))
         with self._answering():
-            reply = await self._stub.Lookup(request, timeout=self._unary_timeout(timeout_s))
+            reply = await self._stub.Lookup(
+                request, timeout=self._unary_timeout(timeout_s), metadata=request_id_metadata()
+            )
         return LookupResult(
             num_contiguous=min(reply.num_contiguous, len(keys)),
             lease_id=reply.lease_id,
@@ -159,7 +162,8 @@ class StoreClient:
             for index, key in enumerate(keys):
                 with self._answering():
                     if reader is None:
-                        reader = self._read(self._get(request, timeout=timeout), keys, namespace)
+                        call = self._get(request, timeout=timeout, metadata=request_id_metadata())
+                        reader = self._read(call, keys, namespace)
                     num_bytes, check = await reader.next()
                 try:
                     record = await check
@@ -187,7 +191,7 @@ class StoreClient:
             )
         timeout = self._config.put_timeout_s if timeout_s is None else timeout_s
         with self._answering(exhausted=StoreFull):
-            reply = await self._put(_put_frames(key, record), timeout=timeout)
+            reply = await self._put(_put_frames(key, record), timeout=timeout, metadata=request_id_metadata())
         if reply.outcome != pb.PutReply.STORED:
             return False
         self.counters.bytes_written += len(record)
@@ -233,7 +237,9 @@ class StoreClient:
         small = [index for index, (_, record) in enumerate(records) if len(record) <= FRAME_BYTES]
         if small:
             with self._answering():
-                reply = await self._stub.PutMany(put_many_frames([records[i] for i in small]), timeout=timeout)
+                reply = await self._stub.PutMany(
+                    put_many_frames([records[i] for i in small]), timeout=timeout, metadata=request_id_metadata()
+                )
                 if len(reply.outcomes) != len(small):
                     raise StoreUnavailable("the node did not say what came of every record")
             outcomes = {index: put_many_outcome(told) for index, told in zip(small, reply.outcomes, strict=True)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvferry.kvstore.metrics_endpoint import MetricsPlace
+
 MIB = 1 << 20
 
 # Messages of 1 MiB are the fastest on gRPC (16 MiB ones reach about 60 % of it), and they fit
@@ -35,6 +37,7 @@ class NodeConfig:
     max_lease_s: float = 30.0
     max_keys_per_request: int = DEFAULT_MAX_KEYS
     max_concurrent_calls: int = 1024
+    metrics: MetricsPlace | None = None  # where Prometheus asks; None: nowhere
 
     def __post_init__(self) -> None:
         _require(0 <= self.port <= 65535, f"port must be 0..65535, not {self.port}")

@@ -66,7 +66,7 @@ class StoreRing:
         Calls that have begun end with the nodes that they know. A node that joins takes its share of the runs, 1/N of
         them, from all others; blocks that are not where they belong now are misses, and are published again.
         """
-        wanted = checked_nodes(nodes)
+        wanted = checked_nodes(nodes, self.config.min_nodes)
         for address in self._members.keys() - set(wanted):
             self.spawn(self._members[address].retire(self.config.get_timeout_s + self.config.put_timeout_s))
         self._members = {

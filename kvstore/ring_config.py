@@ -15,6 +15,8 @@ class RingConfig:
 
     nodes: tuple[str, ...]
     """host:port of each. The order does not matter, the spelling does: all workers must write a node alike."""
+    min_nodes: int = 1
+    """0: the list may be empty, and nodes come later; until then everything is a miss."""
     replication: int = 1
     """Nodes that get a copy of each record; with fewer nodes, all of them."""
     lookup_timeout_s: float = 0.2
@@ -25,7 +27,9 @@ class RingConfig:
     """A whole put."""
 
     def __post_init__(self) -> None:
-        checked_nodes(self.nodes)
+        if self.min_nodes not in (0, 1):
+            raise ValueError(f"min_nodes must be 0 or 1, not {self.min_nodes}")
+        checked_nodes(self.nodes, self.min_nodes)
         if not 1 <= self.replication <= MAX_REPLICATION:
             raise ValueError(f"replication must be 1..{MAX_REPLICATION}, not {self.replication}")
         for name in ("lookup_timeout_s", "get_timeout_s", "put_timeout_s"):
@@ -33,10 +37,10 @@ class RingConfig:
                 raise ValueError(f"{name} must be positive")
 
 
-def checked_nodes(nodes: Sequence[str]) -> tuple[str, ...]:
+def checked_nodes(nodes: Sequence[str], min_nodes: int = 1) -> tuple[str, ...]:
     """The same nodes. Raises ValueError, naming the one that is wrong."""
-    if not 1 <= len(nodes) <= MAX_NODES:
-        raise ValueError(f"a store has 1 to {MAX_NODES} nodes, not {len(nodes)}")
+    if not min_nodes <= len(nodes) <= MAX_NODES:
+        raise ValueError(f"a store has {min_nodes} to {MAX_NODES} nodes, not {len(nodes)}")
     for node in nodes:
         host, colon, port = node.rpartition(":")
         if not host or not colon or not port.isdecimal() or not 0 < int(port) <= 65535:

@@ -12,7 +12,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from kvferry.kvstore.backend import Backend
 from kvferry.kvstore.config import MAX_MESSAGE_BYTES, NodeConfig
 from kvferry.kvstore.interceptor import SERVICE_NAME, ErrorInterceptor
+from kvferry.kvstore.metrics_endpoint import MetricsEndpoint
 from kvferry.kvstore.node import KVStoreNode, NodeCounters
+from kvferry.kvstore.node_metrics import node_families
 from kvferry.proto import kvstore_pb2_grpc
 from kvferry.proto.grpc_options import Options, server_options
 
@@ -42,6 +44,9 @@ class KVStoreServer:
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._port = 0
+        self._metrics: MetricsEndpoint | None = None
+        self.metrics_port = 0
+        """Where Prometheus asks, once started; 0: nowhere."""
 
     @property
     def address(self) -> str:
@@ -78,6 +83,11 @@ class KVStoreServer:
                 self._port = server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        if self._config.metrics is not None:
+            self._metrics = MetricsEndpoint(
+                self._config.metrics, lambda: node_families(self.counters, self.staged_bytes, self._backend)
+            )
+            self.metrics_port = await self._metrics.start()
         await server.start()
         self._server = server
         for name in _HEALTH_NAMES:
@@ -90,6 +100,8 @@ class KVStoreServer:
         if self._server is not None:
             await self._server.stop(grace_s)
             self._server = None
+        if self._metrics is not None:
+            await self._metrics.stop()
         self._node.close()
         await self._backend.close()
 

@@ -92,6 +92,7 @@ class DecodeStats(_message.Message):
     NUM_SWAPS_FIELD_NUMBER: _builtins.int
     NUM_ANSWERS_PUBLISHED_FIELD_NUMBER: _builtins.int
     NUM_ANSWERS_NOT_PUBLISHED_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
     pool_blocks: _builtins.int
     pool_blocks_used: _builtins.int
     """by running requests; shared ones count once"""
@@ -108,6 +109,8 @@ class DecodeStats(_message.Message):
     num_answers_published: _builtins.int
     num_answers_not_published: _builtins.int
     """too many at once, or prefill refused"""
+    step_seconds: _builtins.float
+    """of the last steps, smoothed; 0 before the first"""
     def __init__(
         self,
         *,
@@ -120,10 +123,11 @@ class DecodeStats(_message.Message):
         num_swaps: _builtins.int = ...,
         num_answers_published: _builtins.int = ...,
         num_answers_not_published: _builtins.int = ...,
+        step_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_answers_not_published", b"num_answers_not_published", "num_answers_published", b"num_answers_published", "num_requests", b"num_requests", "num_running", b"num_running", "num_swaps", b"num_swaps", "num_waiting", b"num_waiting", "pool_blocks", b"pool_blocks", "pool_blocks_cached", b"pool_blocks_cached", "pool_blocks_used", b"pool_blocks_used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_answers_not_published", b"num_answers_not_published", "num_answers_published", b"num_answers_published", "num_requests", b"num_requests", "num_running", b"num_running", "num_swaps", b"num_swaps", "num_waiting", b"num_waiting", "pool_blocks", b"pool_blocks", "pool_blocks_cached", b"pool_blocks_cached", "pool_blocks_used", b"pool_blocks_used", "step_seconds", b"step_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -145,6 +149,17 @@ class PrefillStats(_message.Message):
     FETCH_LATENCY_SECONDS_FIELD_NUMBER: _builtins.int
     LOOKUP_SECONDS_FIELD_NUMBER: _builtins.int
     BLOCK_COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_COMPUTING_FIELD_NUMBER: _builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUED_SECONDS_FIELD_NUMBER: _builtins.int
+    TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    USES_STORE_FIELD_NUMBER: _builtins.int
+    CACHE_BLOCKS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_SHARED_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_LOCAL_FIELD_NUMBER: _builtins.int
     num_requests: _builtins.int
     """computing or publishing"""
     num_fetches: _builtins.int
@@ -164,6 +179,30 @@ class PrefillStats(_message.Message):
     lookup_seconds: _builtins.float
     block_compute_seconds: _builtins.float
     """of a prompt's first block, waiting for other requests included"""
+    num_computing: _builtins.int
+    """For routers: what waits here, and how fast it goes. Requests that only warm the store do not count.
+    requests whose prompt is not computed yet
+    """
+    queued_tokens: _builtins.int
+    """that are not computed yet, of these"""
+    queued_seconds: _builtins.float
+    """what computing them will take"""
+    token_seconds: _builtins.float
+    """computing a token takes this; 0: nothing is measured yet ..."""
+    context_token_seconds: _builtins.float
+    """... and this for each token that it attends to"""
+    uses_store: _builtins.bool
+    """has a store, and may fetch from it"""
+    cache_blocks: _builtins.int
+    """blocks for which the worker's own cache of records has room"""
+    computed_tokens: _builtins.int
+    """since the start"""
+    compute_seconds: _builtins.float
+    """that these took"""
+    num_blocks_shared: _builtins.int
+    """taken from a request that was here, too"""
+    num_blocks_local: _builtins.int
+    """of those fetched: from the worker's own cache of records"""
     def __init__(
         self,
         *,
@@ -179,10 +218,21 @@ class PrefillStats(_message.Message):
         fetch_latency_seconds: _builtins.float = ...,
         lookup_seconds: _builtins.float = ...,
         block_compute_seconds: _builtins.float = ...,
+        num_computing: _builtins.int = ...,
+        queued_tokens: _builtins.int = ...,
+        queued_seconds: _builtins.float = ...,
+        token_seconds: _builtins.float = ...,
+        context_token_seconds: _builtins.float = ...,
+        uses_store: _builtins.bool = ...,
+        cache_blocks: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
+        compute_seconds: _builtins.float = ...,
+        num_blocks_shared: _builtins.int = ...,
+        num_blocks_local: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_compute_seconds", b"block_compute_seconds", "fetch_bytes_per_second", b"fetch_bytes_per_second", "fetch_latency_seconds", b"fetch_latency_seconds", "lookup_seconds", b"lookup_seconds", "num_blocks_fetched", b"num_blocks_fetched", "num_blocks_recomputed", b"num_blocks_recomputed", "num_fetches", b"num_fetches", "num_fetches_abandoned", b"num_fetches_abandoned", "num_lookups_skipped", b"num_lookups_skipped", "num_probes", b"num_probes", "num_recomputed", b"num_recomputed", "num_requests", b"num_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_compute_seconds", b"block_compute_seconds", "cache_blocks", b"cache_blocks", "compute_seconds", b"compute_seconds", "computed_tokens", b"computed_tokens", "context_token_seconds", b"context_token_seconds", "fetch_bytes_per_second", b"fetch_bytes_per_second", "fetch_latency_seconds", b"fetch_latency_seconds", "lookup_seconds", b"lookup_seconds", "num_blocks_fetched", b"num_blocks_fetched", "num_blocks_local", b"num_blocks_local", "num_blocks_recomputed", b"num_blocks_recomputed", "num_blocks_shared", b"num_blocks_shared", "num_computing", b"num_computing", "num_fetches", b"num_fetches", "num_fetches_abandoned", b"num_fetches_abandoned", "num_lookups_skipped", b"num_lookups_skipped", "num_probes", b"num_probes", "num_recomputed", b"num_recomputed", "num_requests", b"num_requests", "queued_seconds", b"queued_seconds", "queued_tokens", b"queued_tokens", "token_seconds", b"token_seconds", "uses_store", b"uses_store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

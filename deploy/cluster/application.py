@@ -22,7 +22,7 @@ from kvferry.deploy.cluster.controller import CONTROLLER, Controller, MemberStat
 from kvferry.deploy.settings import Settings
 
 CALL_TIMEOUT_S = 20.0
-STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 80.0
 POLL_S = 1.0
 
 

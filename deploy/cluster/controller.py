@@ -15,15 +15,27 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kvferry.deploy.cluster.members import GatewayMember, Peers, Started, StoreMember, WorkerMember
+from kvferry.deploy.cluster.members import (
+    DirectoryProcess,
+    GatewayProcess,
+    Peers,
+    Started,
+    StoreProcess,
+    WorkerProcess,
+)
 from kvferry.deploy.cluster.plan import Machine, Member, choose_machine, wanted_members
 from kvferry.deploy.settings import Settings
+from kvferry.kvstore.process_logs import configure_logs
 
 logger = logging.getLogger(__name__)
 
 CONTROLLER = "controller"
 INTERVAL_S = 1.0
 STOP_TIMEOUT_S = 10.0
+STOP_DRAIN_S = 5.0
+"""For running requests when all of it ends."""
+LEAVE_DRAIN_S = 60.0
+"""For running requests of a worker that leaves while others stay."""
 FAILED_WAIT_S = 10.0
 """Before a process whose start failed is asked again."""
 RESOURCE_SHARE = 0.001
@@ -69,8 +81,9 @@ class Controller:
     """A Ray actor with a thread that does the work; its methods answer at once, but for `stop`."""
 
     def __init__(self, settings: Settings) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        configure_logs(settings.log.config(), process=CONTROLLER)
         self._settings = settings
+        self._head = ray.get_runtime_context().get_node_id()
         self._counts = {
             "store": 0 if settings.store.nodes else settings.store.count,
             "prefill": settings.prefill.count,
@@ -119,8 +132,8 @@ class Controller:
         """Ends every process, gateways first. Bounded by `STOP_TIMEOUT_S` for each role."""
         self._stopping.set()
         self._thread.join(STOP_TIMEOUT_S)
-        for role in ("gateway", "decode", "prefill", "store"):
-            self._end([p for p in self._processes.values() if p.member.role == role])
+        for role in ("gateway", "decode", "prefill", "store", "directory"):
+            _end([p for p in self._processes.values() if p.member.role == role], STOP_DRAIN_S)
         self._processes = {}
 
     def _run(self) -> None:
@@ -133,7 +146,9 @@ class Controller:
     def _step(self) -> None:
         machines = {machine.id: machine for machine in _machines()}
         wanted = {m.name: m for m in self._wanted(has_gpus=any(m.resources.get("GPU") for m in machines.values()))}
-        self._end([self._processes.pop(name) for name in list(self._processes) if name not in wanted])
+        leaving = [self._processes.pop(name) for name in list(self._processes) if name not in wanted]
+        if leaving:  # they may take a while
+            threading.Thread(target=_end, args=(leaving, LEAVE_DRAIN_S), daemon=True).start()
         for process in list(self._processes.values()):
             self._poll(process, machines)
         for member in wanted.values():
@@ -166,10 +181,10 @@ class Controller:
         """Takes over a process that is there already: this controller's memory is new, or the actor's."""
         try:
             handle = ray.get_actor(member.name, namespace=self._settings.cluster.name)
-            started: Started = ray.get(handle.ensure.remote(Peers()), timeout=INTERVAL_S)
+            started: Started | None = ray.get(handle.ensure.remote(None), timeout=INTERVAL_S)
         except (ValueError, ray.exceptions.RayError):
             return False
-        machine = machines.get(started.machine)
+        machine = None if started is None else machines.get(started.machine)
         if machine is None:
             return False
         self._processes[member.name] = _Process(
@@ -181,7 +196,8 @@ class Controller:
         placed: dict[str, list[Member]] = {}
         for process in self._processes.values():
             placed.setdefault(process.machine_id, []).append(process.member)
-        machine = choose_machine(member, machines.values(), placed)
+        candidates = [m for m in machines.values() if member.role != "directory" or m.id == self._head]
+        machine = choose_machine(member, candidates, placed)
         if machine is None and member.one_per_machine:
             self._problem = f"every machine has a {member.role} already"
             return
@@ -210,8 +226,10 @@ class Controller:
 
     def _ask(self, process: _Process, peers: Peers) -> None:
         is_early = process.state == "failed" and time.monotonic() - process.asked_at < FAILED_WAIT_S
-        lacks_store = process.member.role in ("prefill", "decode") and not peers.store
-        if process.call is None and not is_early and not lacks_store:
+        role = process.member.role
+        lacks_peers = role != "directory" and not peers.directory
+        lacks_peers |= role in ("prefill", "decode") and not peers.store
+        if process.call is None and not is_early and not lacks_peers:
             process.call = process.handle.ensure.remote(peers)
             process.asked_at = time.monotonic()
 
@@ -262,16 +280,7 @@ class Controller:
         )
         if is_partial:  # a worker that starts waits until the ring is whole, rather than begin with a part of it
             nodes = ()
-        return Peers(store=nodes, prefill=addresses("prefill"), decode=addresses("decode"))
-
-    def _end(self, processes: list[_Process]) -> None:
-        """Asks them to stop, all at once, and then ends them."""
-        calls = [process.handle.stop.remote() for process in processes]
-        if calls:
-            ray.wait(calls, num_returns=len(calls), timeout=STOP_TIMEOUT_S)
-        for process in processes:
-            ray.kill(process.handle, no_restart=True)
-            logger.info("%s has ended", process.member.name)
+        return Peers(directory=next(iter(addresses("directory")), ""), store=nodes)
 
 
 def _counts_of_running(namespace: str) -> dict[str, int]:
@@ -293,16 +302,26 @@ def _machines() -> list[Machine]:
     ]
 
 
+def _end(processes: list[_Process], drain_s: float) -> None:
+    """Asks them to stop, all at once, and then ends them."""
+    calls = [process.handle.stop.remote(drain_s) for process in processes]
+    if calls:
+        ray.wait(calls, num_returns=len(calls), timeout=drain_s + STOP_TIMEOUT_S)
+    for process in processes:
+        ray.kill(process.handle, no_restart=True)
+        logger.info("%s has ended", process.member.name)
+
+
 def _actor_class(member: Member) -> Any:
-    kind: type = {"store": StoreMember, "gateway": GatewayMember}.get(member.role, WorkerMember)
-    return ray.remote(kind)
+    kinds: dict[str, type] = {"directory": DirectoryProcess, "store": StoreProcess, "gateway": GatewayProcess}
+    return ray.remote(kinds.get(member.role, WorkerProcess))
 
 
 def _arguments(member: Member, settings: Settings) -> tuple[object, ...]:
     match member.role:
+        case "directory" | "gateway":
+            return settings, member.name
         case "store":
-            return settings, member.index
-        case "gateway":
-            return (settings,)
+            return settings, member.name, member.index
         case role:
-            return settings, role, member.index
+            return settings, member.name, role, member.index

@@ -1,29 +1,32 @@
 """The processes of a cluster deployment, as Ray actors. Ray starts them, and starts them again when they die.
 
 A fresh process does nothing until `ensure` is called, which the controller does every second: it starts what is not
-started, applies what changed, and says where the process listens.
+started, and says where the process listens. Who else there is, a process learns from the directory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import logging
 import os
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
 
+from kvferry.deploy.directory_client import DirectoryMembership, Registration
+from kvferry.deploy.directory_server import DirectoryConfig, DirectoryServer
 from kvferry.deploy.role_configs import decode_config, nth_port, own_prefill_config, prefill_config
 from kvferry.deploy.settings import Settings
+from kvferry.kvstore.process_logs import configure_logs
 
 if TYPE_CHECKING:
-    from kvferry.deploy.gateway_server import GatewayServer
     from kvferry.deploy.worker_server import WorkerServer
-    from kvferry.kvstore.server import KVStoreServer
 
-STOP_GRACE_S = 5.0
+STOP_GRACE_S = 3.0
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,142 +43,170 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class Peers:
-    """Addresses that a process needs."""
+    """What a process must know to start."""
 
+    directory: str = ""
+    """host:port"""
     store: tuple[str, ...] = ()
-    prefill: tuple[str, ...] = ()
-    decode: tuple[str, ...] = ()
+    """The store's nodes now; later ones come from the directory."""
 
 
-class StoreMember:
+class _Process:
+    """What all have in common: a server that is started once, and a place in the directory."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        configure_logs(settings.log.config(), process=name)
+        self._settings = localized(settings)
+        self._lock = asyncio.Lock()
+        self._address = ""
+        self._registration: Registration | None = None
+
+    async def ensure(self, peers: Peers | None) -> Started | None:
+        """Starts what is not started. Without `peers` it only looks, and says None when there is nothing yet."""
+        async with self._lock:
+            if not self._address:
+                if peers is None:
+                    return None
+                self._address = await self._serve(peers)
+        return Started(
+            address=self._address,
+            pid=os.getpid(),
+            machine=ray.get_runtime_context().get_node_id(),
+            version=importlib.metadata.version("kvferry"),
+        )
+
+    async def stop(self, drain_s: float) -> None:
+        """Leaves the directory, gives what runs `drain_s` seconds, and closes."""
+        if self._registration is not None:
+            await self._registration.leave()
+        if self._address:
+            await self._close(drain_s)
+
+    def _announce(self, peers: Peers, address: str, roles: Sequence[str]) -> str:
+        self._registration = Registration(peers.directory, address=address, roles=roles)
+        self._registration.start()
+        return address
+
+    async def _serve(self, peers: Peers) -> str:
+        """Starts the server and returns where it listens."""
+        raise NotImplementedError
+
+    async def _close(self, drain_s: float) -> None:
+        raise NotImplementedError
+
+
+class DirectoryProcess(_Process):
+    """The list of who takes part."""
+
+    async def _serve(self, peers: Peers) -> str:
+        cluster = self._settings.cluster
+        host = bind_host(self._settings)
+        self._server = DirectoryServer(DirectoryConfig(host=host, port=cluster.directory_port))
+        return await self._server.start()
+
+    async def _close(self, drain_s: float) -> None:
+        await self._server.stop()
+
+
+class StoreProcess(_Process):
     """A KV store node."""
 
-    def __init__(self, settings: Settings, index: int) -> None:
-        _log_to_stderr()
-        self._settings = settings
+    def __init__(self, settings: Settings, name: str, index: int) -> None:
+        super().__init__(settings, name)
         self._index = index
-        self._lock = asyncio.Lock()
-        self._server: KVStoreServer | None = None
 
-    async def ensure(self, peers: Peers) -> Started:
+    async def _serve(self, peers: Peers) -> str:
         from kvferry.kvstore.config import NodeConfig
         from kvferry.kvstore.malloc import tune_malloc
         from kvferry.kvstore.server import KVStoreServer
         from kvferry.kvstore.store_config import make_backend
 
-        async with self._lock:
-            if self._server is None:
-                tune_malloc()
-                store = self._settings.store
-                backend = await asyncio.to_thread(make_backend, store.store_config(self._index))
-                server = KVStoreServer(backend, NodeConfig(host=_bind_host(self._settings), port=store.port))
-                await server.start()
-                self._server = server
-            return _started(self._server.address)
+        tune_malloc()
+        settings = self._settings
+        store = settings.store
+        backend = await asyncio.to_thread(make_backend, store.store_config(self._index))
+        config = NodeConfig(host=store.host, port=store.port, metrics=settings.metrics.place(store.port))
+        self._server = KVStoreServer(backend, config)
+        await self._server.start()
+        return self._announce(peers, self._server.address, ["store"])
 
-    async def stop(self) -> None:
-        if self._server is not None:
-            await self._server.stop()
+    async def _close(self, drain_s: float) -> None:
+        await self._server.stop(STOP_GRACE_S)
 
 
-class WorkerMember:
-    """A prefill or decode worker."""
+class WorkerProcess(_Process):
+    """A prefill or decode worker. Its start loads the model: minutes."""
 
-    def __init__(self, settings: Settings, role: str, index: int) -> None:
-        _log_to_stderr()
-        self._settings = settings
+    def __init__(self, settings: Settings, name: str, role: str, index: int) -> None:
+        super().__init__(settings, name)
         self._role = role
         self._index = index
-        self._lock = asyncio.Lock()
-        self._server: WorkerServer | None = None
-        self._address = ""
-        self._nodes: tuple[str, ...] = ()
 
-    async def ensure(self, peers: Peers) -> Started:
-        """Loads the model the first time: minutes. Raises what that raises."""
-        async with self._lock:
-            if self._server is None:
-                self._server, self._address = await self._serve(peers)
-            elif peers.store and peers.store != self._nodes:
-                self._server.set_store_nodes(peers.store)
-            self._nodes = peers.store or self._nodes
-            return _started(self._address)
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            await self._server.stop(STOP_GRACE_S)
-
-    async def _serve(self, peers: Peers) -> tuple[WorkerServer, str]:
+    async def _serve(self, peers: Peers) -> str:
         import torch
 
         from kvferry.deploy.app import model_config
         from kvferry.deploy.worker_server import ModelRuntime, WorkerServer
         from kvferry.kvstore.malloc import tune_malloc
 
-        settings, host = self._settings, _bind_host(self._settings)
+        settings = self._settings
         tune_malloc()
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-        runtime = await asyncio.to_thread(ModelRuntime, model_config(settings))
+        self._runtime = await asyncio.to_thread(ModelRuntime, model_config(settings))
         is_prefill = self._role == "prefill"
+        role = settings.prefill if is_prefill else settings.decode
+        make_config = prefill_config if is_prefill else decode_config
         server = WorkerServer(
-            runtime,
-            config=prefill_config(settings, host=host, port=nth_port(settings.prefill.port, self._index))
-            if is_prefill
-            else decode_config(settings, host=host, port=nth_port(settings.decode.port, self._index)),
+            self._runtime,
+            config=make_config(settings, host=role.host, port=nth_port(role.port, self._index)),
             store_address=settings.store.ring_config(peers.store),
             own_prefill=None if is_prefill else own_prefill_config(settings),
             store_cache_bytes=settings.store.worker_cache,
+            membership=None if settings.store.nodes else DirectoryMembership(peers.directory, roles=["store"]),
         )
-        return server, await server.start()
+        address = await server.start()
+        self._server: WorkerServer = server
+        return self._announce(peers, address, [self._role])
+
+    async def _close(self, drain_s: float) -> None:
+        await _wait_until(lambda: _is_idle(self._server), drain_s)
+        await self._server.stop(STOP_GRACE_S)
+        await asyncio.to_thread(self._runtime.close)
 
 
-class GatewayMember:
+class GatewayProcess(_Process):
     """A gateway. It listens at once, and serves when there are workers."""
 
-    def __init__(self, settings: Settings) -> None:
-        _log_to_stderr()
-        self._settings = settings
-        self._lock = asyncio.Lock()
-        self._server: GatewayServer | None = None
-        self._address = ""
-        self._peers = Peers()
+    async def _serve(self, peers: Peers) -> str:
+        from kvferry.deploy.app import make_gateway
 
-    async def ensure(self, peers: Peers) -> Started:
-        async with self._lock:
-            if self._server is None:
-                from kvferry.deploy.app import make_gateway
+        membership = DirectoryMembership(peers.directory, roles=["prefill", "decode"])
+        self._server = await make_gateway(self._settings, prefill=[], decode=[], membership=membership)
+        port = await self._server.start()
+        return self._announce(peers, f"{self._settings.gateway.host}:{port}", ["gateway"])
 
-                host = _bind_host(self._settings)
-                gateway = self._settings.gateway.model_copy(update={"host": host})
-                settings = self._settings.model_copy(update={"gateway": gateway})
-                server = await make_gateway(settings, prefill=list(peers.prefill), decode=list(peers.decode))
-                self._address = f"{host}:{await server.start()}"
-                self._server = server
-            elif peers != self._peers:
-                self._server.set_workers(prefill=peers.prefill, decode=peers.decode)
-            self._peers = peers
-            return _started(self._address)
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            await self._server.stop(STOP_GRACE_S)
+    async def _close(self, drain_s: float) -> None:
+        await self._server.stop(drain_s)
 
 
-def _bind_host(settings: Settings) -> str:
+def bind_host(settings: Settings) -> str:
     """127.0.0.1, unless the cluster section asks for the machine's own address."""
     return "127.0.0.1" if settings.cluster.bind == "loopback" else str(ray.util.get_node_ip_address())
 
 
-def _started(address: str) -> Started:
-    return Started(
-        address=address,
-        pid=os.getpid(),
-        machine=ray.get_runtime_context().get_node_id(),
-        version=importlib.metadata.version("kvferry"),
-    )
+def localized(settings: Settings) -> Settings:
+    """The settings as they are on this machine: every `host` is what `cluster.bind` asks for."""
+    host = {"host": bind_host(settings)}
+    sections = ("gateway", "store", "prefill", "decode", "metrics")
+    return settings.model_copy(update={name: getattr(settings, name).model_copy(update=host) for name in sections})
 
 
-def _log_to_stderr() -> None:
-    """Ray keeps a process's stderr in a file of its own: `kvferry logs`."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+def _is_idle(server: WorkerServer) -> bool:
+    stats = server.stats()
+    return not stats.decode.num_requests and not stats.prefill.num_requests
+
+
+async def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(_POLL_S)

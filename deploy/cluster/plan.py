@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["store", "prefill", "decode", "gateway"]
+Role = Literal["directory", "store", "prefill", "decode", "gateway"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class Member:
 
     @property
     def one_per_machine(self) -> bool:
-        """Store nodes and gateways: every machine has one at most, and it does not move by itself."""
-        return self.role in ("store", "gateway")
+        """All but workers: a machine has one at most, and it does not move by itself."""
+        return self.role not in ("prefill", "decode")
 
 
 def wanted_members(
@@ -53,6 +53,7 @@ def wanted_members(
 ) -> list[Member]:
     """In the order in which they are placed."""
     return [
+        Member(name="directory", role="directory", index=0),
         *(Member(name=f"store-{i}", role="store", index=i) for i in range(store)),
         *(
             Member(name=f"prefill-{i}", role="prefill", index=i, cpus=1, gpus=prefill_gpus, resource=prefill_resource)

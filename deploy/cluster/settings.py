@@ -14,8 +14,10 @@ class ClusterSettings(Section):
     """The deployment's Ray namespace: two deployments on one Ray cluster need two names."""
     bind: Literal["loopback", "machine"] = "loopback"
     """What processes listen on: 127.0.0.1, or their machine's own address, as Ray knows it. The `host` keys of the
-    roles are for one machine and not used."""
+    sections are for one machine and not used."""
     machines: int = Field(1, ge=1, le=4096)
     """How many machines to wait for before the first process is placed."""
     wait_s: float = Field(600.0, ge=0)
     """How long to wait for them; then the processes are placed on those that came."""
+    directory_port: Annotated[int, Field(ge=1, le=65535)] = 7500
+    """On the head: where the processes announce themselves and learn of each other."""

@@ -54,6 +54,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
     num_cancelled: int = 0
     details: str = "scripted"
     describe_delays: list = field(default_factory=list)
+    block_size: int = 0
+    stats: worker_pb2.WorkerStats | None = None
 
     @property
     def address(self):
@@ -80,7 +82,14 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
             kv_bytes_per_token_bf16=100,
             effective_bits=2.75,
             kernels="reference",
+            block_size=self.block_size,
+            block_bytes=1000,
         )
+
+    async def Stats(self, request, context):
+        if self.stats is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no stats")
+        return self.stats
 
     async def Generate(self, request, context):
         self.requests.append(request)
@@ -178,7 +187,7 @@ class Lab:
         ids = self.ids(text)
         return [*ids, end(len(ids), reason=reason, **fields)]
 
-    async def gateway(self, decode, prefill=(), *, serving=True, limits=None, router=None, **config):
+    async def gateway(self, decode, prefill=(), *, serving=True, limits=None, router=None, membership=None, **config):
         def addresses(workers):
             return tuple(w if isinstance(w, str) else w.address for w in workers)
 
@@ -197,6 +206,7 @@ class Lab:
             tokenizer=self.tokenizer,
             model=ModelLimits(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE),
             router=router,
+            membership=membership,
         )
         server.port = await server.start()
         server.address = f"127.0.0.1:{server.port}"

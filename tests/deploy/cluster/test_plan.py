@@ -14,10 +14,12 @@ def machine(name: str, **resources: float) -> Machine:
 
 
 def place(members: list[Member], machines: list[Machine]) -> dict[str, str | None]:
-    """Machine by member, placed one after the other."""
+    """Machine by member, placed one after the other; the directory has its place anyway."""
     placed: dict[str, list[Member]] = {}
     chosen: dict[str, str | None] = {}
     for member in members:
+        if member.role == "directory":
+            continue
         found = choose_machine(member, machines, placed)
         chosen[member.name] = None if found is None else found.id
         if found is not None:
