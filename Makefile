@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 STUBS := src/kvferry/proto
-PROTOS := directory inference kvstore worker
+PROTOS := directory gateway inference kvstore worker
 
 # Test files that run at the same time.
 JOBS ?= 2

@@ -28,14 +28,9 @@ import ray
 import torch
 
 from kvferry.decode.config import DecodeConfig
-from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
-from kvferry.deploy.gateway_server import GatewayServer
-from kvferry.deploy.membership import Membership
-from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tokenizer_digest
-from kvferry.deploy.role_configs import decode_config, nth_port, own_prefill_config, prefill_config
-from kvferry.deploy.routing.router import Router
+from kvferry.deploy.assembly import decode_config, make_gateway, model_config, prefill_config
+from kvferry.deploy.models import find_model
 from kvferry.deploy.settings import Settings
-from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
@@ -131,66 +126,6 @@ class GatewayActor(LoggingActor):
         return os.getpid()
 
 
-def model_config(settings: Settings) -> ModelConfig:
-    return ModelConfig(
-        model=settings.model,
-        served_name=settings.served_model_name,
-        spec=resolve_spec(settings.preset, block_size=settings.block_size, sink_tokens=settings.sink_tokens),
-        device=settings.device,
-        dtype=settings.dtype,
-        weight_quantization=settings.weight_quantization,
-        kernels=settings.kernels,
-        max_model_len=settings.max_model_len,
-    )
-
-
-async def make_gateway(
-    settings: Settings,
-    *,
-    prefill: list[str],
-    decode: list[str],
-    router: Router | None = None,
-    membership: Membership | None = None,
-) -> GatewayServer:
-    """A gateway for these workers, not started. Reads the model's tokenizer and configuration, not its weights.
-
-    `router`: None: as the settings say. `membership`: where the workers come from, in place of the addresses.
-    """
-    from transformers import AutoConfig
-
-    source = await asyncio.to_thread(find_model, settings.model)
-    tokenizer = await asyncio.to_thread(load_tokenizer, source)
-    config = AutoConfig.from_pretrained(source.path)
-    window = config.max_position_embeddings
-    gateway = settings.gateway
-    return GatewayServer(
-        GatewayConfig(
-            model_name=settings.served_model_name or source.name,
-            decode_workers=tuple(decode),
-            prefill_workers=tuple(prefill),
-            host=gateway.host,
-            port=gateway.port,
-            metrics=settings.metrics.place(gateway.port),
-            tenant=gateway.tenant,
-            router=gateway.router,
-            router_memory=gateway.router_memory,
-            eos_token_ids=tuple(end_token_ids(source, tokenizer)),
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            limits=RequestLimits(
-                max_prompt_bytes=gateway.max_prompt_bytes,
-                max_new_tokens=gateway.max_new_tokens,
-                max_concurrent=gateway.max_concurrent,
-                max_queued=gateway.max_queued,
-                default_timeout_s=gateway.default_timeout_s,
-            ),
-        ),
-        tokenizer=tokenizer,
-        model=ModelLimits(max_model_len=min(settings.max_model_len or window, window), vocab_size=config.vocab_size),
-        router=router,
-        membership=membership,
-    )
-
-
 class Deployment:
     """All processes of one machine, as a context manager. Starts a Ray of its own and ends only that."""
 
@@ -257,12 +192,14 @@ class Deployment:
         model = model_config(settings)
         threads = settings.threads or os.cpu_count() or 1
         prefill_configs = [
-            prefill_config(settings, host=settings.prefill.host, port=nth_port(settings.prefill.port, i))
+            prefill_config(
+                settings, host=settings.prefill.host, port=settings.prefill.port and settings.prefill.port + i
+            )
             for i in range(settings.prefill.count)
         ]
-        own_prefill = own_prefill_config(settings)
+        own_prefill = None if prefill_configs else prefill_config(settings)
         decode_configs = [
-            decode_config(settings, host=settings.decode.host, port=nth_port(settings.decode.port, i))
+            decode_config(settings, host=settings.decode.host, port=settings.decode.port and settings.decode.port + i)
             for i in range(settings.decode.count)
         ]
         cache = settings.store.worker_cache

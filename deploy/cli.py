@@ -26,6 +26,7 @@ from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.cli_prefetch import prefetch_prompt
 from kvferry.deploy.cli_prefill import bench_prefill_command
+from kvferry.deploy.cli_processes import register as register_processes
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.cluster.commands import add_cluster_commands
 from kvferry.deploy.prefix.commands import prefix
@@ -60,6 +61,7 @@ app.command("calibrate")(calibrate_command)
 app.add_typer(prefix, name="prefix")
 app.add_typer(config_commands, name="config")
 add_cluster_commands(app)
+register_processes(app)
 
 STATIC_TARGETS = ("sm_80", "sm_90")
 

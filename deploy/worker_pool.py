@@ -28,6 +28,7 @@ class PooledWorker(WorkerState):
 
     def __init__(self, address: str) -> None:
         super().__init__(address)
+        self.last_info: worker_pb2.WorkerInfo | None = None  # the last answer, whether usable or not
         self.problem = "has not answered yet"  # why there is no `info`
         self.poll_now = asyncio.Event()
         self.is_listed = True
@@ -91,10 +92,13 @@ class PooledWorker(WorkerState):
                 self.problem = f"does not answer ({error.code().name})"
             return
         self._num_silent_polls = 0
+        self.last_info = info
         if info.model_name != model_name:
             self.info, self.problem = None, f"serves model {info.model_name!r}"
         elif not info.HasField("identity"):
             self.info, self.problem = None, "does not say what identity its model has"
+        elif info.draining:
+            self.info, self.problem = None, "is about to end"
         elif tokenizer_digest and info.identity.tokenizer_digest != tokenizer_digest:
             self.info, self.problem = None, "has another tokenizer than the gateway"
         else:

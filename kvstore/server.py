@@ -94,6 +94,10 @@ class KVStoreServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return self._port
 
+    async def begin_drain(self) -> None:
+        """Health goes NOT_SERVING; calls are still served."""
+        await self._health.enter_graceful_shutdown()
+
     async def stop(self, grace_s: float = 5.0) -> None:
         """Health goes NOT_SERVING, running calls get `grace_s`, then all is closed."""
         await self._health.enter_graceful_shutdown()

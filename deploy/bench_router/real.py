@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from kvferry.deploy.app import make_gateway
+from kvferry.deploy.assembly import make_gateway
 from kvferry.deploy.bench_router.results import PolicyRound, TokenSources
 from kvferry.deploy.bench_serve.arrivals import arrival_times
 from kvferry.deploy.bench_serve.run import run

@@ -15,14 +15,7 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kvferry.deploy.cluster.members import (
-    DirectoryProcess,
-    GatewayProcess,
-    Peers,
-    Started,
-    StoreProcess,
-    WorkerProcess,
-)
+from kvferry.deploy.cluster.members import DirectoryActor, GatewayActor, Started, StoreActor, WorkerActor
 from kvferry.deploy.cluster.plan import Machine, Member, choose_machine, wanted_members
 from kvferry.deploy.settings import Settings
 from kvferry.kvstore.process_logs import configure_logs
@@ -144,7 +137,7 @@ class Controller:
                 logger.exception("a step failed")
 
     def _step(self) -> None:
-        machines = {machine.id: machine for machine in _machines()}
+        machines = {machine.id: machine for machine in sorted(_machines(), key=lambda m: m.id != self._head)}
         wanted = {m.name: m for m in self._wanted(has_gpus=any(m.resources.get("GPU") for m in machines.values()))}
         leaving = [self._processes.pop(name) for name in list(self._processes) if name not in wanted]
         if leaving:  # they may take a while
@@ -154,9 +147,11 @@ class Controller:
         for member in wanted.values():
             if member.name not in self._processes and not self._adopt(member, machines) and self._may_place(machines):
                 self._place(member, machines)
-        peers = self._peers()
+        known = self._processes.get("directory")
+        directory = "" if known is None or known.started is None else known.started.address
         for process in self._processes.values():
-            self._ask(process, peers)
+            if directory or process.member.role == "directory":
+                self._ask(process, directory)
 
     def _wanted(self, *, has_gpus: bool) -> list[Member]:
         settings = self._settings
@@ -224,13 +219,10 @@ class Controller:
             member, handle, "" if machine is None else machine.id, "" if machine is None else machine.address
         )
 
-    def _ask(self, process: _Process, peers: Peers) -> None:
+    def _ask(self, process: _Process, directory: str) -> None:
         is_early = process.state == "failed" and time.monotonic() - process.asked_at < FAILED_WAIT_S
-        role = process.member.role
-        lacks_peers = role != "directory" and not peers.directory
-        lacks_peers |= role in ("prefill", "decode") and not peers.store
-        if process.call is None and not is_early and not lacks_peers:
-            process.call = process.handle.ensure.remote(peers)
+        if process.call is None and not is_early:
+            process.call = process.handle.ensure.remote(directory)
             process.asked_at = time.monotonic()
 
     def _poll(self, process: _Process, machines: dict[str, Machine]) -> None:
@@ -269,19 +261,6 @@ class Controller:
             logger.warning("%s will be placed anew", name)
             del self._processes[name]
 
-    def _peers(self) -> Peers:
-        def addresses(role: str) -> tuple[str, ...]:
-            known = [p.started for p in self._processes.values() if p.member.role == role]
-            return tuple(started.address for started in known if started is not None)
-
-        nodes = tuple(self._settings.store.nodes) or addresses("store")
-        is_partial = any(
-            p.member.role == "store" and p.started is None and p.state == "starting" for p in self._processes.values()
-        )
-        if is_partial:  # a worker that starts waits until the ring is whole, rather than begin with a part of it
-            nodes = ()
-        return Peers(directory=next(iter(addresses("directory")), ""), store=nodes)
-
 
 def _counts_of_running(namespace: str) -> dict[str, int]:
     """Prefill and decode workers by the processes that are there: `scale` may have been called before this controller
@@ -313,15 +292,13 @@ def _end(processes: list[_Process], drain_s: float) -> None:
 
 
 def _actor_class(member: Member) -> Any:
-    kinds: dict[str, type] = {"directory": DirectoryProcess, "store": StoreProcess, "gateway": GatewayProcess}
-    return ray.remote(kinds.get(member.role, WorkerProcess))
+    kinds: dict[str, type] = {"directory": DirectoryActor, "store": StoreActor, "gateway": GatewayActor}
+    return ray.remote(kinds.get(member.role, WorkerActor))
 
 
 def _arguments(member: Member, settings: Settings) -> tuple[object, ...]:
     match member.role:
-        case "directory" | "gateway":
-            return settings, member.name
-        case "store":
-            return settings, member.name, member.index
-        case role:
+        case "prefill" | "decode" as role:
             return settings, member.name, role, member.index
+        case _:
+            return settings, member.name

@@ -9,24 +9,15 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import os
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import ray
 
-from kvferry.deploy.directory_client import DirectoryMembership, Registration
+from kvferry.deploy.cluster_member import ClusterMember
 from kvferry.deploy.directory_server import DirectoryConfig, DirectoryServer
-from kvferry.deploy.role_configs import decode_config, nth_port, own_prefill_config, prefill_config
 from kvferry.deploy.settings import Settings
 from kvferry.kvstore.process_logs import configure_logs
-
-if TYPE_CHECKING:
-    from kvferry.deploy.worker_server import WorkerServer
-
-STOP_GRACE_S = 3.0
-_POLL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,33 +32,32 @@ class Started:
     version: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Peers:
-    """What a process must know to start."""
-
-    directory: str = ""
-    """host:port"""
-    store: tuple[str, ...] = ()
-    """The store's nodes now; later ones come from the directory."""
-
-
-class _Process:
-    """What all have in common: a server that is started once, and a place in the directory."""
+class MemberActor:
+    """A process: a server, and its place in the directory."""
 
     def __init__(self, settings: Settings, name: str) -> None:
         configure_logs(settings.log.config(), process=name)
         self._settings = localized(settings)
         self._lock = asyncio.Lock()
+        self._member: ClusterMember | None = None
         self._address = ""
-        self._registration: Registration | None = None
 
-    async def ensure(self, peers: Peers | None) -> Started | None:
-        """Starts what is not started. Without `peers` it only looks, and says None when there is nothing yet."""
+    async def ensure(self, directory: str | None) -> Started | None:
+        """Starts what is not started: of a worker, the model's load takes minutes. Raises what a start raises.
+
+        `directory`: host:port of it; None: only look, and say None when there is nothing yet.
+        """
         async with self._lock:
             if not self._address:
-                if peers is None:
+                if directory is None:
                     return None
-                self._address = await self._serve(peers)
+                member = await asyncio.to_thread(self._make, directory)
+                try:
+                    self._address = await member.start()
+                except BaseException:
+                    await member.stop(0)  # what had started: it will be tried anew
+                    raise
+                self._member = member
         return Started(
             address=self._address,
             pid=os.getpid(),
@@ -77,116 +67,61 @@ class _Process:
 
     async def stop(self, drain_s: float) -> None:
         """Leaves the directory, gives what runs `drain_s` seconds, and closes."""
-        if self._registration is not None:
-            await self._registration.leave()
-        if self._address:
-            await self._close(drain_s)
+        if self._member is not None:
+            await self._member.stop(drain_s)
 
-    def _announce(self, peers: Peers, address: str, roles: Sequence[str]) -> str:
-        self._registration = Registration(peers.directory, address=address, roles=roles)
-        self._registration.start()
-        return address
-
-    async def _serve(self, peers: Peers) -> str:
-        """Starts the server and returns where it listens."""
-        raise NotImplementedError
-
-    async def _close(self, drain_s: float) -> None:
+    def _make(self, directory: str) -> ClusterMember:
+        """The parts, not started."""
         raise NotImplementedError
 
 
-class DirectoryProcess(_Process):
+class DirectoryActor(MemberActor):
     """The list of who takes part."""
 
-    async def _serve(self, peers: Peers) -> str:
-        cluster = self._settings.cluster
-        host = bind_host(self._settings)
-        self._server = DirectoryServer(DirectoryConfig(host=host, port=cluster.directory_port))
-        return await self._server.start()
-
-    async def _close(self, drain_s: float) -> None:
-        await self._server.stop()
+    def _make(self, directory: str) -> ClusterMember:
+        config = DirectoryConfig(host=bind_host(self._settings), port=self._settings.cluster.directory_port)
+        return ClusterMember(DirectoryServer(config), directory=None, roles=())
 
 
-class StoreProcess(_Process):
+class StoreActor(MemberActor):
     """A KV store node."""
 
-    def __init__(self, settings: Settings, name: str, index: int) -> None:
-        super().__init__(settings, name)
-        self._index = index
+    def _make(self, directory: str) -> ClusterMember:
+        from kvferry.deploy.store_process import store_member
 
-    async def _serve(self, peers: Peers) -> str:
-        from kvferry.kvstore.config import NodeConfig
-        from kvferry.kvstore.malloc import tune_malloc
-        from kvferry.kvstore.server import KVStoreServer
-        from kvferry.kvstore.store_config import make_backend
-
-        tune_malloc()
-        settings = self._settings
-        store = settings.store
-        backend = await asyncio.to_thread(make_backend, store.store_config(self._index))
-        config = NodeConfig(host=store.host, port=store.port, metrics=settings.metrics.place(store.port))
-        self._server = KVStoreServer(backend, config)
-        await self._server.start()
-        return self._announce(peers, self._server.address, ["store"])
-
-    async def _close(self, drain_s: float) -> None:
-        await self._server.stop(STOP_GRACE_S)
+        store = self._settings.store
+        return store_member(self._settings, directory=directory, host=store.host, port=store.port)
 
 
-class WorkerProcess(_Process):
-    """A prefill or decode worker. Its start loads the model: minutes."""
+class WorkerActor(MemberActor):
+    """A prefill or decode worker."""
 
-    def __init__(self, settings: Settings, name: str, role: str, index: int) -> None:
+    def __init__(self, settings: Settings, name: str, role: Literal["prefill", "decode"], index: int) -> None:
         super().__init__(settings, name)
         self._role = role
         self._index = index
 
-    async def _serve(self, peers: Peers) -> str:
-        import torch
-
-        from kvferry.deploy.app import model_config
-        from kvferry.deploy.worker_server import ModelRuntime, WorkerServer
-        from kvferry.kvstore.malloc import tune_malloc
+    def _make(self, directory: str) -> ClusterMember:
+        from kvferry.deploy.processes import worker_member
 
         settings = self._settings
-        tune_malloc()
-        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-        self._runtime = await asyncio.to_thread(ModelRuntime, model_config(settings))
-        is_prefill = self._role == "prefill"
-        role = settings.prefill if is_prefill else settings.decode
-        make_config = prefill_config if is_prefill else decode_config
-        server = WorkerServer(
-            self._runtime,
-            config=make_config(settings, host=role.host, port=nth_port(role.port, self._index)),
-            store_address=settings.store.ring_config(peers.store),
-            own_prefill=None if is_prefill else own_prefill_config(settings),
-            store_cache_bytes=settings.store.worker_cache,
-            membership=None if settings.store.nodes else DirectoryMembership(peers.directory, roles=["store"]),
+        section = settings.prefill if self._role == "prefill" else settings.decode
+        return worker_member(
+            settings,
+            self._role if settings.prefill.count else "both",
+            directory=directory,
+            host=section.host,
+            port=section.port and section.port + self._index,
         )
-        address = await server.start()
-        self._server: WorkerServer = server
-        return self._announce(peers, address, [self._role])
-
-    async def _close(self, drain_s: float) -> None:
-        await _wait_until(lambda: _is_idle(self._server), drain_s)
-        await self._server.stop(STOP_GRACE_S)
-        await asyncio.to_thread(self._runtime.close)
 
 
-class GatewayProcess(_Process):
+class GatewayActor(MemberActor):
     """A gateway. It listens at once, and serves when there are workers."""
 
-    async def _serve(self, peers: Peers) -> str:
-        from kvferry.deploy.app import make_gateway
+    def _make(self, directory: str) -> ClusterMember:
+        from kvferry.deploy.processes import gateway_member
 
-        membership = DirectoryMembership(peers.directory, roles=["prefill", "decode"])
-        self._server = await make_gateway(self._settings, prefill=[], decode=[], membership=membership)
-        port = await self._server.start()
-        return self._announce(peers, f"{self._settings.gateway.host}:{port}", ["gateway"])
-
-    async def _close(self, drain_s: float) -> None:
-        await self._server.stop(drain_s)
+        return gateway_member(self._settings, directory=directory)
 
 
 def bind_host(settings: Settings) -> str:
@@ -199,14 +134,3 @@ def localized(settings: Settings) -> Settings:
     host = {"host": bind_host(settings)}
     sections = ("gateway", "store", "prefill", "decode", "metrics")
     return settings.model_copy(update={name: getattr(settings, name).model_copy(update=host) for name in sections})
-
-
-def _is_idle(server: WorkerServer) -> bool:
-    stats = server.stats()
-    return not stats.decode.num_requests and not stats.prefill.num_requests
-
-
-async def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        await asyncio.sleep(_POLL_S)

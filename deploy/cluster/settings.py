@@ -19,5 +19,5 @@ class ClusterSettings(Section):
     """How many machines to wait for before the first process is placed."""
     wait_s: float = Field(600.0, ge=0)
     """How long to wait for them; then the processes are placed on those that came."""
-    directory_port: Annotated[int, Field(ge=1, le=65535)] = 7500
+    directory_port: Annotated[int, Field(ge=1, le=65535)] = 7590
     """On the head: where the processes announce themselves and learn of each other."""

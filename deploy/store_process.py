@@ -1,0 +1,55 @@
+"""A KV store node that is in the directory. Apart from the other processes: it needs no torch."""
+
+from __future__ import annotations
+
+import asyncio
+
+from kvferry.deploy.cluster_member import ClusterMember
+from kvferry.deploy.settings import Settings
+from kvferry.kvstore.config import NodeConfig
+from kvferry.kvstore.malloc import tune_malloc
+from kvferry.kvstore.server import KVStoreServer
+from kvferry.kvstore.store_config import make_backend
+
+
+class StoreProcess:
+    """Serves the tiers of the `store` section."""
+
+    def __init__(self, settings: Settings, *, host: str, port: int) -> None:
+        self._settings = settings
+        self._config = NodeConfig(host=host, port=port, metrics=settings.metrics.place(port))
+        self._server: KVStoreServer | None = None
+
+    async def start(self) -> str:
+        """See `Drainable`."""
+        tune_malloc()
+        backend = await asyncio.to_thread(make_backend, self._settings.store.store_config())
+        self._server = KVStoreServer(backend, self._config)
+        await self._server.start()
+        return self._server.address
+
+    async def begin_drain(self) -> None:
+        """See `Drainable`."""
+        if self._server is not None:
+            await self._server.begin_drain()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """See `Drainable`. Who watches the directory asks this node no more; calls that run are ended by `stop`, and
+        cost nobody more than a miss."""
+        return True
+
+    async def stop(self, grace_s: float) -> None:
+        """See `Drainable`."""
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+
+def store_member(
+    settings: Settings, *, directory: str, host: str, port: int, advertise_host: str | None = None
+) -> ClusterMember:
+    return ClusterMember(
+        StoreProcess(settings, host=host, port=port),
+        directory=directory,
+        roles=["store"],
+        advertise_host=advertise_host,
+    )
