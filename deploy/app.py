@@ -169,8 +169,10 @@ class Deployment:
     def _start(self) -> None:
         settings = self.settings
         started = time.monotonic()
-        if settings.gateway.count > 1:
-            raise ValueError("gateway.count: one machine has one gateway; several are for a cluster, see kvferry up")
+        if settings.gateway.count != 1:
+            raise ValueError(
+                "gateway.count: one machine has one gateway; other numbers are for a cluster, see kvferry up"
+            )
         find_model(settings.model)  # a wrong name should fail before anything starts; converts a GGUF file once
         workers = settings.prefill.count + settings.decode.count
         self._ray_dir = tempfile.mkdtemp(prefix="kvferry-ray-")

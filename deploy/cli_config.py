@@ -68,8 +68,8 @@ def find_warnings(settings: Settings) -> list[str]:
         found.append("store.count: more store nodes than cluster.machines; each machine takes one")
     if is_cluster and settings.gateway.count > cluster.machines:
         found.append("gateway.count: more gateways than cluster.machines; each machine takes one")
-    if not is_cluster and settings.gateway.count > 1:
-        found.append("gateway.count: kvferry serve refuses more than one gateway on a machine")
+    if not is_cluster and settings.gateway.count != 1:
+        found.append("gateway.count: kvferry serve has one gateway, and refuses other numbers")
     for section in ("gateway", "store", "prefill", "decode"):
         host = getattr(settings, section).host
         if host not in ("127.0.0.1", "localhost", "::1"):

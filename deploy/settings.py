@@ -39,8 +39,8 @@ class GatewaySettings(Section):
     max_queued: int = Field(256, ge=0)
     default_timeout_s: float = Field(600.0, gt=0)
     tenant: str = "default"
-    count: int = Field(1, ge=1, le=64)
-    """In a cluster: gateways, one on each machine, all on this port."""
+    count: int = Field(1, ge=0, le=64)
+    """In a cluster: gateways, one on each machine, all on this port; 0: they run elsewhere (`kvferry gateway`)."""
     router: Policy = "prefix"
     """Which workers a request goes to; see docs/routing.md."""
     router_memory: Bytes = DEFAULT_INDEX_BYTES

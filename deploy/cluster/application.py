@@ -43,8 +43,11 @@ def connected(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def start(settings: Settings) -> None:
-    """Has the cluster run this deployment, whether or not this process goes on. Raises ValueError, RuntimeError."""
+def start(settings: Settings, *, keep: bool = False) -> None:
+    """Has the cluster run this deployment, whether or not this process goes on. Raises ValueError, RuntimeError.
+
+    `keep`: one that runs already is left as it is, instead of an error.
+    """
     machines = [node for node in ray.nodes() if node["Alive"]]
     if settings.cluster.bind == "loopback" and (settings.cluster.machines > 1 or len(machines) > 1):
         raise ValueError(
@@ -52,6 +55,8 @@ def start(settings: Settings) -> None:
             "and do that in a network that you trust only"
         )
     if _find(settings.cluster.name) is not None:
+        if keep:
+            return
         raise RuntimeError(f"a deployment named {settings.cluster.name!r} is running: end it with kvferry stop")
     here = ray.get_runtime_context().get_node_id()
     handle = ray.remote(Controller).options(

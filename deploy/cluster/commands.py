@@ -121,6 +121,7 @@ def run_command(
     config: ConfigOption = None,
     ray_address: RayAddress = "auto",
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until every process is up; 0: do not wait.")] = 0,
+    keep: Annotated[bool, typer.Option("--keep", help="If it runs already, leave it as it is.")] = False,
 ) -> None:
     """Start kvferry on a Ray cluster that runs; it goes on when this command has ended."""
     from kvferry.deploy.cluster import application
@@ -128,7 +129,7 @@ def run_command(
     settings = read_settings(config)
     try:
         with application.connected(ray_address):
-            application.start(settings)
+            application.start(settings, keep=keep)
             if wait:
                 application.wait_until_up(settings.cluster.name, wait)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:

@@ -78,6 +78,7 @@ class Controller:
         self._settings = settings
         self._head = ray.get_runtime_context().get_node_id()
         self._counts = {
+            "directory": 0 if settings.cluster.directory else 1,
             "store": 0 if settings.store.nodes else settings.store.count,
             "prefill": settings.prefill.count,
             "decode": settings.decode.count,
@@ -148,7 +149,8 @@ class Controller:
             if member.name not in self._processes and not self._adopt(member, machines) and self._may_place(machines):
                 self._place(member, machines)
         known = self._processes.get("directory")
-        directory = "" if known is None or known.started is None else known.started.address
+        own = "" if known is None or known.started is None else known.started.address
+        directory = self._settings.cluster.directory or own
         for process in self._processes.values():
             if directory or process.member.role == "directory":
                 self._ask(process, directory)

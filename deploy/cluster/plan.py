@@ -42,6 +42,7 @@ class Member:
 
 def wanted_members(
     *,
+    directory: int,
     store: int,
     prefill: int,
     decode: int,
@@ -53,7 +54,7 @@ def wanted_members(
 ) -> list[Member]:
     """In the order in which they are placed."""
     return [
-        Member(name="directory", role="directory", index=0),
+        *(Member(name="directory", role="directory", index=i) for i in range(directory)),
         *(Member(name=f"store-{i}", role="store", index=i) for i in range(store)),
         *(
             Member(name=f"prefill-{i}", role="prefill", index=i, cpus=1, gpus=prefill_gpus, resource=prefill_resource)

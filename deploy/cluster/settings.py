@@ -21,3 +21,5 @@ class ClusterSettings(Section):
     """How long to wait for them; then the processes are placed on those that came."""
     directory_port: Annotated[int, Field(ge=1, le=65535)] = 7590
     """On the head: where the processes announce themselves and learn of each other."""
+    directory: Annotated[str, Field(pattern=r"^[^\s:]+:[0-9]{1,5}$")] | None = None
+    """host:port of a directory that runs elsewhere: then none is started on the head."""

@@ -14,12 +14,10 @@ def machine(name: str, **resources: float) -> Machine:
 
 
 def place(members: list[Member], machines: list[Machine]) -> dict[str, str | None]:
-    """Machine by member, placed one after the other; the directory has its place anyway."""
+    """Machine by member, placed one after the other."""
     placed: dict[str, list[Member]] = {}
     chosen: dict[str, str | None] = {}
     for member in members:
-        if member.role == "directory":
-            continue
         found = choose_machine(member, machines, placed)
         chosen[member.name] = None if found is None else found.id
         if found is not None:
@@ -29,6 +27,7 @@ def place(members: list[Member], machines: list[Machine]) -> dict[str, str | Non
 
 def members(**counts: Any) -> list[Member]:
     defaults: dict[str, Any] = {
+        "directory": 0,
         "store": 0,
         "prefill": 0,
         "decode": 0,
