@@ -17,7 +17,7 @@ from kvferry.decode.running import DecodeFailed
 from kvferry.decode.warm import AnswerWarmer
 from kvferry.decode.worker import Answer, DecodeWorker, RequestUsage
 from kvferry.kernels.sampling import MAX_TOP_LOGPROBS, SamplingParams
-from kvferry.kvstore.identity import namespace_of
+from kvferry.kvstore.identity import namespace_of, unreadable_because
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.attempts import Attempts, CallEnded, Draining
 from kvferry.proto.request_id import bind_request_id
@@ -83,7 +83,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         answers = self._worker.generate(
             token_ids=list(request.token_ids),
             sampling=SamplingParams.of(request.sampling),
-            namespace=namespace_of(self._info.identity, tenant=request.tenant, block_size=self._info.block_size),
+            namespace=namespace_of(self._maker(request), tenant=request.tenant, block_size=self._info.block_size),
             open_prefill=lambda missing: self._open_prefill(request, context, missing),
             remaining_s=context.time_remaining(),
             priority=request.priority,
@@ -146,6 +146,16 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             problem = "prefill_address is empty, and this worker has not the role prefill"
         if problem:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        if fields := unreadable_because(self._info.identity, self._maker(request)):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this decode worker cannot read the prefill worker's blocks: {' and '.join(fields)} differ; "
+                "start all workers from the same configuration",
+            )
+
+    def _maker(self, request: worker_pb2.DecodeRequest) -> worker_pb2.ModelIdentity:
+        """Of the worker whose blocks the request uses."""
+        return request.prefill_identity if request.HasField("prefill_identity") else self._info.identity
 
     def _open_prefill(self, request: worker_pb2.DecodeRequest, context: Context, missing: list[int]) -> PrefillStream:
         remaining = context.time_remaining()
@@ -156,7 +166,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
                 tenant=request.tenant,
                 token_ids=request.token_ids,
                 sampling=request.sampling,
-                identity=self._info.identity,
+                identity=self._maker(request),
                 priority=request.priority,
                 attempt=request.attempt,
                 pieces=worker_pb2.PieceRequest(blocks=missing),
@@ -177,7 +187,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             request_id=request.request_id,
             tenant=request.tenant,
             token_ids=[*request.token_ids, *written],
-            identity=self._info.identity,
+            identity=self._maker(request),
             priority=request.priority,
             warm=True,
         )

@@ -22,6 +22,7 @@ from kvferry.deploy.cli_bench_store import bench_store_command
 from kvferry.deploy.cli_bench_transfer import bench_transfer_command
 from kvferry.deploy.cli_chooser import bench_chooser_command
 from kvferry.deploy.cli_config import config as config_commands
+from kvferry.deploy.cli_doctor import doctor_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.cli_prefetch import prefetch_prompt
@@ -58,6 +59,7 @@ bench.command("transfer")(bench_transfer_command)
 bench.command("router")(bench_router_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
+app.command("doctor")(doctor_command)
 app.add_typer(prefix, name="prefix")
 app.add_typer(config_commands, name="config")
 add_cluster_commands(app)
@@ -213,21 +215,6 @@ def demo(
         fail(str(error))
     if not identical:
         fail("a repeated request did not give the tokens of the first one")
-
-
-@app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-) -> None:
-    """Say what would run on this machine and why; what makes it slow is marked as a warning."""
-    from kvferry.deploy.doctor import examine, print_findings
-
-    findings = examine()
-    if as_json:
-        warnings = sum(finding.warns for finding in findings)
-        print(json.dumps({"warnings": warnings, "findings": [asdict(finding) for finding in findings]}, indent=2))
-    else:
-        print_findings(findings)
 
 
 @bench.command("kernels")

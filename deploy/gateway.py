@@ -35,6 +35,7 @@ from kvferry.deploy.membership import Lease
 from kvferry.deploy.prompt import PromptEncoder, Tokenizer
 from kvferry.deploy.received import Received
 from kvferry.deploy.request_record import request_record
+from kvferry.deploy.routing.candidates import numerics_class
 from kvferry.deploy.routing.router import Route, RoutedRequest, Router
 from kvferry.deploy.sampling import SamplingRules
 from kvferry.deploy.warm_prompt import warm_prompt
@@ -208,12 +209,17 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncGenerator[tuple[inference_pb2.GenerateChunk, WorkerPair], None]:
         """The answers from one pair of workers; from others where the first ones are lost, without what was sent."""
         failed: list[PooledWorker] = []
+        classes: tuple[bytes, bytes] | None = None  # of the first pair: another one has to say again what it has sent
         num_lost = 0
         try:
             for _ in range(_MAX_ATTEMPTS + _MAX_DRAINING):
-                route = self._pick(request, failed)
+                route = self._pick(request, failed, classes=classes)
                 pair = WorkerPair(route.decode, route.prefill)
                 request.prefill_address = pair.prefill.address if pair.prefill else ""
+                request.ClearField("prefill_identity")
+                if pair.prefill and pair.prefill.info:
+                    request.prefill_identity.CopyFrom(pair.prefill.info.identity)
+                classes = classes or (numerics_class(pair.decode), numerics_class(pair.prefill or pair.decode))
                 request_record().assigned(pair.decode.address, pair.prefill_address)
                 with ExitStack() as decoding, ExitStack() as prefilling:
                     decoding.enter_context(pair.decode.in_use())
@@ -249,13 +255,21 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self.counters.num_draining_workers += isinstance(error, WorkerDraining)
 
     def _pick(
-        self, request: worker_pb2.DecodeRequest, failed: Collection[PooledWorker], *, warm: bool = False
+        self,
+        request: worker_pb2.DecodeRequest,
+        failed: Collection[PooledWorker],
+        *,
+        classes: tuple[bytes, bytes] | None = None,
+        warm: bool = False,
     ) -> Route[PooledWorker]:
+        """`classes`: preferred numerics classes of decode and prefill."""
         self._check_serving()
         needed = len(request.token_ids) + request.sampling.max_tokens
         candidates = self._pool.candidates().without(failed).with_room(needed)
         if not candidates:
             raise NoWorker(f"No worker that is ready now has room for {needed:,} tokens.")
+        if classes is not None:
+            candidates = candidates.of_classes(*classes)
         routed = RoutedRequest(
             tenant=request.tenant, token_ids=request.token_ids, max_tokens=request.sampling.max_tokens, warm=warm
         )

@@ -14,6 +14,7 @@ import grpc
 from kvferry.deploy.config import check_address
 from kvferry.deploy.routing.candidates import Candidates
 from kvferry.deploy.routing.worker_state import WorkerState
+from kvferry.kvstore.identity import unreadable_because
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
 
@@ -191,7 +192,7 @@ class WorkerPool:
         return self._candidates
 
     def pairs(self) -> list[WorkerPair]:
-        """Every decode worker with every prefill worker of equal identity: many."""
+        """Every decode worker with every prefill worker whose blocks it can read: many."""
         return [
             WorkerPair(decode, None if prefill is decode else prefill)
             for group in self.candidates().groups
@@ -212,7 +213,7 @@ class WorkerPool:
         if not prefills:
             return self._nobody("prefill", self._prefill_addresses)
         prefill, decode = prefills[0], decodes[0]
-        fields = _identity_difference(prefill, decode)
+        fields = unreadable_because(_identity(decode), _identity(prefill))
         return (
             f"Prefill and decode workers cannot exchange blocks: {' and '.join(fields)} of prefill worker "
             f"{prefill.address} and decode worker {decode.address} differ."
@@ -229,17 +230,18 @@ class WorkerPool:
         """Until the worker is not listed and none of its requests runs. Silence is found within
         poll_interval_s + 2 * poll_timeout_s: after a missed poll the next one begins at once."""
         leaving_since = None
+        load: asyncio.Task[None] | None = None
         try:
             while worker.is_listed or worker.num_outstanding:
                 if not worker.is_listed:
                     leaving_since = leaving_since or time.monotonic()
                     if time.monotonic() > leaving_since + _LEAVING_GRACE_S:
                         return
+                if load is None or load.done():  # beside Describe: news of a lost worker wait for nothing
+                    load = asyncio.create_task(worker.poll_load(timeout=self._poll_timeout_s))
                 before = worker.info
-                timeout = self._poll_timeout_s
-                await asyncio.gather(  # together, so that a silent worker is found no later
-                    worker.poll(model_name=self._model_name, tokenizer_digest=self._tokenizer_digest, timeout=timeout),
-                    worker.poll_load(timeout=timeout),
+                await worker.poll(
+                    model_name=self._model_name, tokenizer_digest=self._tokenizer_digest, timeout=self._poll_timeout_s
                 )
                 if worker.info != before:
                     self._candidates = None
@@ -256,6 +258,9 @@ class WorkerPool:
                 except TimeoutError:
                     pass
         finally:
+            if load is not None:
+                load.cancel()
+                await asyncio.gather(load, return_exceptions=True)
             await worker.channel.close(_LEAVING_GRACE_S)
 
     def _give_up(self, worker: PooledWorker) -> None:
@@ -272,12 +277,5 @@ def _log_change(worker: PooledWorker) -> None:
         _logger.info("worker %s is ready: %s", worker.address, ", ".join(worker.info.roles))
 
 
-def _identity(worker: PooledWorker) -> worker_pb2.ModelIdentity | None:
-    return worker.info.identity if worker.info else None
-
-
-def _identity_difference(one: PooledWorker, other: PooledWorker) -> list[str]:
-    fields = worker_pb2.ModelIdentity.DESCRIPTOR.fields
-    return [
-        field.name for field in fields if getattr(_identity(one), field.name) != getattr(_identity(other), field.name)
-    ]
+def _identity(worker: PooledWorker) -> worker_pb2.ModelIdentity:
+    return worker.info.identity if worker.info else worker_pb2.ModelIdentity()

@@ -309,7 +309,7 @@ class ModelIdentity(_message.Message):
     """the quantization spec"""
     layout_version: _builtins.int
     numerics_class: _builtins.bytes
-    """kernels, dtype, device, versions and a probe of what this worker computes"""
+    """of the blocks that this worker makes: kernels, ranks, versions and a probe; any class is read"""
     def __init__(
         self,
         *,
@@ -519,7 +519,7 @@ class PrefillStart(_message.Message):
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
     def identity(self) -> Global___ModelIdentity:
-        """the caller's; another identity is refused with FAILED_PRECONDITION"""
+        """that the caller takes the worker for; refused with FAILED_PRECONDITION if it has another"""
 
     @_builtins.property
     def pieces(self) -> Global___PieceRequest:
@@ -872,6 +872,7 @@ class DecodeRequest(_message.Message):
     PREFILL_ADDRESS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    PREFILL_IDENTITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     tenant: _builtins.str
     prefill_address: _builtins.str
@@ -884,6 +885,10 @@ class DecodeRequest(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
+    @_builtins.property
+    def prefill_identity(self) -> Global___ModelIdentity:
+        """of the prefill worker: its blocks have its numerics class; unset: the decode worker's own"""
+
     def __init__(
         self,
         *,
@@ -894,10 +899,11 @@ class DecodeRequest(_message.Message):
         prefill_address: _builtins.str = ...,
         priority: _builtins.int = ...,
         attempt: _builtins.int = ...,
+        prefill_identity: Global___ModelIdentity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_identity", b"prefill_identity", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "prefill_address", b"prefill_address", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "prefill_address", b"prefill_address", "prefill_identity", b"prefill_identity", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -51,12 +51,12 @@ class RouterPlan:
     block_size: int | None = None
     num_prefill: int = 3
     num_decode: int = 2
-    num_documents: int = 6
-    num_requests: int = 24
-    document_tokens: int = 512
+    num_documents: int = 5
+    num_requests: int = 30
+    document_tokens: int = 1024
     question_tokens: int = 24
     output_tokens: int = 4
-    request_rate: float = 1.0
+    request_rate: float = 1.5
     rounds: int = 3
     seed: int = 0
     store: bool = True

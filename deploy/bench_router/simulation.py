@@ -144,10 +144,10 @@ class _Simulation:
 
     def _poll(self, gateway: _Gateway) -> None:
         now = self._clock.now
-        for prefill_state, prefill in zip(gateway.prefills, self._prefills, strict=True):
-            prefill_state.load.heard(prefill.stats(now), asked_at=now)
-        for decode_state, decode in zip(gateway.decodes, self._decodes, strict=True):
-            decode_state.load.heard(decode.stats(now), asked_at=now)
+        for state, prefill in zip(gateway.prefills, self._prefills, strict=True):
+            state.load.heard(prefill.stats(now), asked_at=now)
+        for state, decode in zip(gateway.decodes, self._decodes, strict=True):
+            state.load.heard(decode.stats(now), asked_at=now)
         if now < self._last_s:
             self._clock.at(now + POLL_S, lambda: self._poll(gateway))
 

@@ -23,8 +23,9 @@ from kvferry.deploy.benchmark.context import dynamic_cache, prefilled_blocks, ra
 from kvferry.deploy.benchmark.packed_decoder import PackedDecoder
 from kvferry.deploy.benchmark.resident_memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
 from kvferry.deploy.benchmark.transformers_decoder import TransformersDecoder
+from kvferry.deploy.model_config import resolve_dtype
 from kvferry.deploy.spec_file import resolve_spec
-from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, resolve_dtype
+from kvferry.deploy.worker_server import ModelConfig, ModelRuntime
 from kvferry.prefill.prompt_blocks import LocalPromptBlocks
 
 TRANSFORMERS = "transformers"

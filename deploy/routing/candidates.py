@@ -1,22 +1,33 @@
-"""The workers that may serve together: groups of equal identity instead of a list of all pairs."""
+"""The workers that may serve together: groups instead of a list of all pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 from kvferry.deploy.routing.worker_state import WorkerState
+from kvferry.kvstore.identity import unreadable_because
+from kvferry.proto import worker_pb2
 
 W = TypeVar("W", bound=WorkerState)
 
 
 @dataclass(frozen=True, eq=False)
 class Group(Generic[W]):
-    """Any of `decodes` with any of `prefills`; without prefills, each decode worker prefills by itself."""
+    """Any of `decodes` with any of `prefills`; without prefills, each decode worker prefills by itself.
+
+    Prefill workers of a group are of one identity, so their blocks have the same keys. A decode worker is in the group
+    of every identity whose blocks it can read.
+    """
 
     decodes: tuple[W, ...]
     prefills: tuple[W, ...]
+
+    @cached_property
+    def by_address(self) -> dict[str, W]:
+        return {worker.address: worker for worker in (*self.decodes, *self.prefills)}
 
 
 class Candidates(Generic[W]):
@@ -33,17 +44,21 @@ class Candidates(Generic[W]):
 
     @classmethod
     def of(cls, decodes: Sequence[W], prefills: Sequence[W], *, has_prefills: bool) -> Candidates[W]:
-        """Groups usable workers by identity. Without `has_prefills`, decode workers with the role prefill do both."""
+        """Groups usable workers by prefill workers' identity. Without `has_prefills`, decode workers with the role
+        prefill do both."""
         groups = []
         if not has_prefills:
             alone = tuple(w for w in decodes if w.has_role("prefill"))
             groups = [Group(alone, ())] if alone else []
         else:
-            by_identity: dict[bytes, tuple[list[W], list[W]]] = {}
-            for index, workers in enumerate((decodes, prefills)):
-                for worker in workers:
-                    by_identity.setdefault(_identity(worker), ([], []))[index].append(worker)
-            groups = [Group(tuple(d), tuple(p)) for d, p in by_identity.values() if d and p]
+            by_identity: dict[bytes, list[W]] = {}
+            for worker in prefills:
+                by_identity.setdefault(_identity(worker).SerializeToString(deterministic=True), []).append(worker)
+            for makers in by_identity.values():
+                made = _identity(makers[0])
+                readers = tuple(w for w in decodes if not unreadable_because(_identity(w), made))
+                if readers:
+                    groups.append(Group(readers, tuple(makers)))
         return cls(groups)
 
     def __bool__(self) -> bool:
@@ -66,6 +81,17 @@ class Candidates(Generic[W]):
         return self._keep(failed) or Candidates(
             [g for group in self.groups for g in _half_failed(group, failed)], everyone=self.everyone
         )
+
+    def of_classes(self, decode: bytes, prefill: bytes) -> Candidates[W]:
+        """Only workers of these numerics classes, which give the same tokens bit for bit; all where there are none.
+        `prefill`: the decode worker's where it prefills by itself."""
+        groups = []
+        for group in self.groups:
+            decodes = tuple(w for w in group.decodes if numerics_class(w) == decode)
+            prefills = tuple(w for w in group.prefills if numerics_class(w) == prefill)
+            if decodes and (prefills or (not group.prefills and decode == prefill)):
+                groups.append(Group(decodes, prefills))
+        return Candidates(groups, everyone=self.everyone) if groups else self
 
     def _keep(self, unwanted: Collection[W]) -> Candidates[W]:
         groups = []
@@ -92,5 +118,10 @@ def _group_window(group: Group[W]) -> int:
     return min(decode, max(map(_window, group.prefills))) if group.prefills else decode
 
 
-def _identity(worker: WorkerState) -> bytes:
-    return worker.info.identity.SerializeToString(deterministic=True) if worker.info else b""
+def numerics_class(worker: WorkerState) -> bytes:
+    """Empty while the worker is not usable."""
+    return _identity(worker).numerics_class
+
+
+def _identity(worker: WorkerState) -> worker_pb2.ModelIdentity:
+    return worker.info.identity if worker.info else worker_pb2.ModelIdentity()

@@ -19,6 +19,8 @@ from kvferry.deploy.cli import app
 from kvferry.deploy.cli_config import find_warnings
 from kvferry.deploy.settings import Settings
 
+WITH_FULL_NAMES = ("Model and numerics", "metrics` and `log")
+"""Headings of tables whose keys are written from the top."""
 DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
@@ -56,7 +58,7 @@ def documented_keys() -> set[str]:
         if heading := re.fullmatch(r"## (.*)", line):
             section = heading[1].strip("`")
             known = section in Settings.model_fields
-            prefix = f"{section}." if known else "" if section == "Model and numerics" else None
+            prefix = f"{section}." if known else "" if section in WITH_FULL_NAMES else None
         elif prefix is not None and line.startswith("| `"):
             keys |= {prefix + key for key in re.findall(r"`([^`]+)`", line.split("|")[1])}
     return keys
