@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,7 +105,7 @@ def logs_command(
 ) -> None:
     """Print the last log lines of a cluster's processes."""
     if cluster is not None:
-        _on_head(cluster, f"kvferry logs --config ~/kvferry.yaml --lines {lines} {name or ''}")
+        _on_head(cluster, f"kvferry logs --config ~/kvferry.yaml --lines {lines} {shlex.quote(name) if name else ''}")
         return
     from kvferry.deploy.cluster import application
     from kvferry.deploy.cluster.logs import log_tails

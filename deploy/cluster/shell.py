@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import time
 from collections.abc import Sequence
@@ -44,9 +45,8 @@ class Shell:
 
     def on_host(self, host: str, command: str, *, timeout_s: float) -> Finished:
         """A host of a local cluster. Raises ShellError."""
-        finished = run_here(
-            [*self.ssh_command(host), f"bash --login -c 'source ~/.bashrc; {command}'"], timeout_s=timeout_s
-        )
+        inner = shlex.quote(f"source ~/.bashrc; {command}")
+        finished = run_here([*self.ssh_command(host), f"bash --login -c {inner}"], timeout_s=timeout_s)
         if finished.returncode == 255:
             raise ShellError(f"{host} cannot be reached over ssh: {finished.said}")
         return finished

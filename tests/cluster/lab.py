@@ -24,6 +24,10 @@ from typing import IO, Self
 
 NETWORK = "10.83.0"
 CLIENT = "client"
+PREFIX = "kvferry-lab-"
+"""Of namespaces and folders; the lab's pid follows."""
+FOLDER = Path("/var/tmp")
+"""Not below /tmp or HOME, which every host has of its own."""
 KEY = ".ssh/id_lab"
 START_TIMEOUT_S = 20.0
 _TOOLS = {
@@ -120,9 +124,10 @@ class Lab:
         where they lie below /tmp or HOME. Raises LabError."""
         if problem := why_not():
             raise LabError(problem)
-        self.folder = Path(tempfile.mkdtemp(prefix="kvferry-lab-", dir="/var/tmp"))
+        remove_stale()
+        prefix = f"{PREFIX}{os.getpid()}"
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=FOLDER))
         self._path, self._env, self._visible = path, env, [p.resolve() for p in visible]
-        prefix = f"kvferry-{os.getpid()}"
         self.hosts = {
             name: Host(name, f"{NETWORK}.{number}", f"{prefix}-{number}", self.folder / name)
             for number, name in enumerate([*names, CLIENT], start=1)
@@ -311,6 +316,24 @@ class Lab:
             if host.process.poll() is not None or time.monotonic() > deadline:
                 raise LabError(f"{host.name} did not start: {host.log()[-800:]}")
             time.sleep(0.05)
+
+
+def remove_stale() -> None:
+    """Removes what labs left whose process was killed."""
+
+    def is_stale(name: str) -> bool:
+        pid = name.removeprefix(PREFIX).partition("-")[0]
+        return name.startswith(PREFIX) and pid.isdecimal() and not Path(f"/proc/{pid}").exists()
+
+    for line in _run("ip", "netns", "list").splitlines():
+        if line and is_stale(namespace := line.split()[0]):
+            for pid in _run("ip", "netns", "pids", namespace).split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            _run("ip", "netns", "del", namespace)
+    for folder in FOLDER.iterdir():
+        if is_stale(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(*command: str) -> str:
