@@ -21,6 +21,7 @@ from kvferry.deploy.cli_bench import bench_decode_command, bench_memory_command
 from kvferry.deploy.cli_bench_store import bench_store_command
 from kvferry.deploy.cli_bench_transfer import bench_transfer_command
 from kvferry.deploy.cli_chooser import bench_chooser_command
+from kvferry.deploy.cli_config import config as config_commands
 from kvferry.deploy.cli_doctor import doctor_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
@@ -28,6 +29,7 @@ from kvferry.deploy.cli_prefetch import prefetch_prompt
 from kvferry.deploy.cli_prefill import bench_prefill_command
 from kvferry.deploy.cli_processes import register as register_processes
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
+from kvferry.deploy.cluster.commands import add_cluster_commands
 from kvferry.deploy.prefix.commands import prefix
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
@@ -59,6 +61,8 @@ app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 app.command("doctor")(doctor_command)
 app.add_typer(prefix, name="prefix")
+app.add_typer(config_commands, name="config")
+add_cluster_commands(app)
 register_processes(app)
 
 STATIC_TARGETS = ("sm_80", "sm_90")
