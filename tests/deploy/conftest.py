@@ -54,6 +54,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
     num_cancelled: int = 0
     details: str = "scripted"
     describe_delays: list = field(default_factory=list)
+    draining: bool = False
 
     @property
     def address(self):
@@ -80,6 +81,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
             kv_bytes_per_token_bf16=100,
             effective_bits=2.75,
             kernels="reference",
+            draining=self.draining,
         )
 
     async def Generate(self, request, context):

@@ -9,12 +9,12 @@ import os
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.cluster import Cluster, Proc, full_cluster
+from support.cluster import Cluster, Proc, start_two_of_each
 from support.cluster_load import Load
 
 DEEP = bool(os.environ.get("KVFERRY_DEEP"))
@@ -28,18 +28,28 @@ DEEP_ROUNDS = 9
 """Of five kinds: 45 injections."""
 
 
-@pytest.fixture
-async def cluster(tmp_path: Path, tiny_model: Callable[[str], Path]) -> AsyncIterator[Cluster]:
-    cluster = await full_cluster(tmp_path, tiny_model("llama"))
-    yield cluster
-    await asyncio.to_thread(cluster.__exit__)
+@pytest.fixture(scope="module")
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path], make_prompt: Callable[..., list[int]]
+) -> Iterator[tuple[Cluster, Load]]:
+    """A deployment, and what its answers are without faults."""
+    prompts = [make_prompt(PROMPT_TOKENS + 37 * i, seed=i) for i in range(NUM_PROMPTS)]
+    with Cluster(tmp_path_factory.mktemp("cluster"), tiny_model("llama")) as cluster:
+        asyncio.run(start_two_of_each(cluster))
+        load = Load(cluster.gateways, prompts)
+        asyncio.run(load.learn())
+        yield cluster, load
 
 
 @pytest.fixture
-async def load(cluster: Cluster, make_prompt: Callable[..., list[int]]) -> Load:
-    load = Load(cluster.gateways, [make_prompt(PROMPT_TOKENS + 37 * i, seed=i) for i in range(NUM_PROMPTS)])
-    await load.learn()
-    return load
+def cluster(shared: tuple[Cluster, Load]) -> Cluster:
+    return shared[0]
+
+
+@pytest.fixture
+def load(shared: tuple[Cluster, Load]) -> Load:
+    learnt = shared[1]
+    return Load(learnt.gateways, learnt.prompts, oracle=learnt.oracle)
 
 
 @dataclass
@@ -170,14 +180,12 @@ def report(injections: list[Injection], load: Load) -> None:
         for number in (KILL, STOP):
             times = sorted(i.noticed for i in injections if (i.kind, i.number) == (kind, number))
             if times:
-                print(
-                    f"  {kind:<10}{number.name:<9} noticed after {times[len(times) // 2]:.1f} s (at most {times[-1]:.1f})"
-                )
+                median, longest = times[len(times) // 2], times[-1]
+                print(f"  {kind:<10}{number.name:<9} noticed after {median:.1f} s (at most {longest:.1f})")
     gaps = sorted(length for _, length in load.gaps)
     if gaps:
-        print(
-            f"  pauses over 0.5 s in answers: {len(gaps)}, median {gaps[len(gaps) // 2]:.1f} s, longest {gaps[-1]:.1f} s"
-        )
+        median, longest = gaps[len(gaps) // 2], gaps[-1]
+        print(f"  pauses over 0.5 s in answers: {len(gaps)}, median {median:.1f} s, longest {longest:.1f} s")
 
 
 @pytest.mark.timeout(1800 if DEEP else 300)
