@@ -65,35 +65,15 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         self, request: worker_pb2.DecodeRequest, context: Context
     ) -> AsyncIterator[worker_pb2.TokenChunk]:
         try:
-            with self.attempts.running(request.tenant, request.request_id, request.attempt):
-                async with aclosing(self._generate(request, context)) as chunks:
+            with self.attempts.running(request.tenant, request.request_id, request.attempt) as running:
+                await self._check(request, context)
+                async with aclosing(running.pumped(self._answer(request, context))) as chunks:
                     async for chunk in chunks:
                         yield chunk
         except CallEnded as error:
             await context.abort(error.code, str(error), trailing_metadata=error.metadata)
-
-    async def _generate(
-        self, request: worker_pb2.DecodeRequest, context: Context
-    ) -> AsyncGenerator[worker_pb2.TokenChunk]:
-        await self._check(request, context)
-        answers = self._worker.generate(
-            token_ids=list(request.token_ids),
-            sampling=SamplingParams.of(request.sampling),
-            namespace=namespace_of(self._info.identity, tenant=request.tenant, block_size=self._info.block_size),
-            open_prefill=lambda missing: self._open_prefill(request, context, missing),
-            remaining_s=context.time_remaining(),
-            priority=request.priority,
-        )
-        written: list[int] = []
-        try:
-            async with aclosing(answers):
-                async for answer in answers:
-                    if answer.choice == 0:
-                        written.append(answer.event.token.token_id)
-                    chunk = answer_to_pb(answer)
-                    chunk.attempt = request.attempt
-                    yield chunk
-            self._warm(request, written)
+        except grpc.aio.AbortError:
+            raise
         except RequestTooLarge as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except WorkerFull as error:
@@ -106,6 +86,27 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             if not isinstance(error, DecodeFailed | ValueError):
                 logger.exception("a decode request failed")
             await context.abort(grpc.StatusCode.INTERNAL, f"decode failed: {error}")
+
+    async def _answer(
+        self, request: worker_pb2.DecodeRequest, context: Context
+    ) -> AsyncGenerator[worker_pb2.TokenChunk]:
+        answers = self._worker.generate(
+            token_ids=list(request.token_ids),
+            sampling=SamplingParams.of(request.sampling),
+            namespace=namespace_of(self._info.identity, tenant=request.tenant, block_size=self._info.block_size),
+            open_prefill=lambda missing: self._open_prefill(request, context, missing),
+            remaining_s=context.time_remaining(),
+            priority=request.priority,
+        )
+        written: list[int] = []
+        async with aclosing(answers):
+            async for answer in answers:
+                if answer.choice == 0:
+                    written.append(answer.event.token.token_id)
+                chunk = answer_to_pb(answer)
+                chunk.attempt = request.attempt
+                yield chunk
+        self._warm(request, written)
 
     async def _check(self, request: worker_pb2.DecodeRequest, context: Context) -> None:
         total = len(request.token_ids) + request.sampling.max_tokens

@@ -66,9 +66,14 @@ class Injection:
         return f"{self.kind:<10}{name:<9} noticed after {self.noticed:4.1f} s, {self.failovers} requests went elsewhere"
 
 
-async def moved(cluster: Cluster) -> int:
-    """Requests that went on elsewhere: with other workers, or at another gateway."""
-    return await cluster.sum_of("num_failovers") + await cluster.sum_of("num_resumed")
+async def moved(cluster: Cluster) -> dict[str, int]:
+    """By gateway that answers: requests that went on elsewhere, with other workers or from another gateway."""
+    told = {proc.name: await cluster.gateway_stats(proc) for proc in cluster.of_kind("gateway")}
+    return {name: stats.num_failovers + stats.num_resumed for name, stats in told.items() if stats is not None}
+
+
+def more(now: dict[str, int], before: dict[str, int]) -> int:
+    return sum(max(count - before.get(name, 0), 0) for name, count in now.items())
 
 
 async def busy(cluster: Cluster, proc: Proc) -> bool:
@@ -82,7 +87,7 @@ async def busy(cluster: Cluster, proc: Proc) -> bool:
     return True
 
 
-async def noticed(cluster: Cluster, proc: Proc, before: int) -> bool:
+async def noticed(cluster: Cluster, proc: Proc, before: dict[str, int]) -> bool:
     """The control: the fault shows in a counter, or in the directory's list."""
     if proc.kind == "directory":
         try:
@@ -90,7 +95,7 @@ async def noticed(cluster: Cluster, proc: Proc, before: int) -> bool:
         except OSError:
             return True
         return False
-    if await moved(cluster) > before:
+    if more(await moved(cluster), before):
         return True
     return proc.address not in await cluster.members()
 
@@ -107,7 +112,7 @@ async def inject(cluster: Cluster, proc: Proc, number: int, load: Load) -> Injec
     done = load.num_done
     async with asyncio.timeout(LIMIT_S):
         await load.until_done(done + load.num_clients)  # the others go on without it
-    injection.failovers = max(await moved(cluster) - before, 0)
+    injection.failovers = more(await moved(cluster), before)
     if number == KILL:
         assert await cluster.ended(proc) == -KILL
         cluster.start(proc)
