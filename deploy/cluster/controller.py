@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvferry.deploy.cluster.members import DirectoryActor, GatewayActor, Started, StoreActor, WorkerActor
 from kvferry.deploy.cluster.plan import Machine, Member, choose_machine, wanted_members
-from kvferry.deploy.settings import Settings
+from kvferry.deploy.settings import DecodeSettings, PrefillSettings, Settings
 from kvferry.kvstore.process_logs import configure_logs
 
 logger = logging.getLogger(__name__)
@@ -160,8 +160,8 @@ class Controller:
         default = 1.0 if has_gpus and settings.device != "cpu" else 0.0
         return wanted_members(
             **self._counts,
-            prefill_gpus=default if settings.prefill.gpus is None else settings.prefill.gpus,
-            decode_gpus=default if settings.decode.gpus is None else settings.decode.gpus,
+            prefill_gpus=_gpus(settings.prefill, default),
+            decode_gpus=_gpus(settings.decode, default),
             prefill_resource=settings.prefill.resource,
             decode_resource=settings.decode.resource,
         )
@@ -304,3 +304,8 @@ def _arguments(member: Member, settings: Settings) -> tuple[object, ...]:
             return settings, member.name, role, member.index
         case _:
             return settings, member.name
+
+
+def _gpus(section: PrefillSettings | DecodeSettings, default: float) -> float:
+    """Of one worker: one a rank where the settings say nothing."""
+    return default * section.tensor_parallel if section.gpus is None else section.gpus
