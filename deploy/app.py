@@ -33,7 +33,6 @@ from kvferry.deploy.assembly import decode_config, make_gateway, model_config, p
 from kvferry.deploy.models import find_model
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
-from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
 from kvferry.kvstore.process_logs import LogConfig, configure_logs
 from kvferry.kvstore.ring_config import RingConfig
@@ -63,8 +62,9 @@ class StoreActor(LoggingActor):
         tune_malloc()
         store = settings.store
         backend = await asyncio.to_thread(make_backend, store.store_config(index))
-        port = store.port and store.port + index
-        config = NodeConfig(host=store.host, port=port, metrics=settings.metrics.place(port))
+        config = dataclasses.replace(
+            store.node_config(index), metrics=settings.metrics.place(store.port and store.port + index)
+        )
         self._server = KVStoreServer(backend, config)
         await self._server.start()
         return self._server.address

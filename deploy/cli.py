@@ -130,7 +130,9 @@ def generate(
         Path | None, typer.Option(help="Read the prompt from this file; - is standard input.")
     ] = None,
     question: Annotated[str | None, typer.Option(help="Ask this about the text of the prompt.")] = None,
-    address: Annotated[str, typer.Option(help="host:port of the gateway.")] = "127.0.0.1:7600",
+    address: Annotated[
+        str, typer.Option(help="host:port of the gateway, or of several: a:7600,b:7600.")
+    ] = "127.0.0.1:7600",
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -175,7 +177,7 @@ def generate(
                     print(chunk.text, end="", flush=True)
                 if chunk.usage is not None:
                     reason, usage = chunk.finish_reason, chunk.usage
-    except ClientError as error:
+    except (ClientError, ValueError) as error:
         fail(str(error))
     assert usage is not None
     if as_json:

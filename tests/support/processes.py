@@ -56,6 +56,7 @@ class NodeProcess(Process):
         super().__init__(command, log)
         line = self.wait_for_line("serving on ")
         self.address = line.split("serving on ")[1].split(",")[0]
+        self.bulk_address = f"127.0.0.1:{line.rpartition(' ')[2]}"
 
 
 def redis_binary() -> str:
