@@ -170,14 +170,12 @@ def report(injections: list[Injection], load: Load) -> None:
         for number in (KILL, STOP):
             times = sorted(i.noticed for i in injections if (i.kind, i.number) == (kind, number))
             if times:
-                print(
-                    f"  {kind:<10}{number.name:<9} noticed after {times[len(times) // 2]:.1f} s (at most {times[-1]:.1f})"
-                )
+                median = times[len(times) // 2]
+                print(f"  {kind:<10}{number.name:<9} noticed after {median:.1f} s (at most {times[-1]:.1f})")
     gaps = sorted(length for _, length in load.gaps)
     if gaps:
-        print(
-            f"  pauses over 0.5 s in answers: {len(gaps)}, median {gaps[len(gaps) // 2]:.1f} s, longest {gaps[-1]:.1f} s"
-        )
+        median = gaps[len(gaps) // 2]
+        print(f"  pauses over 0.5 s in answers: {len(gaps)}, median {median:.1f} s, longest {gaps[-1]:.1f} s")
 
 
 @pytest.mark.timeout(1800 if DEEP else 300)

@@ -1,4 +1,4 @@
-"""A whole deployment of real processes that find each other through a directory, for tests that kill and restart them."""
+"""A deployment of real processes that find each other through a directory, for tests that kill and restart them."""
 
 from __future__ import annotations
 
