@@ -31,6 +31,7 @@ import torch
 from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.assembly import decode_config, make_gateway, model_config, prefill_config
 from kvferry.deploy.models import find_model
+from kvferry.deploy.rank_counts import RankCounts, threads_of_rank
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kvstore.malloc import tune_malloc
@@ -175,6 +176,7 @@ class Deployment:
                 "gateway.count: one machine has one gateway; other numbers are for a cluster, see kvferry up"
             )
         find_model(settings.model)  # a wrong name should fail before anything starts; converts a GGUF file once
+        ranks = RankCounts.of(settings)
         workers = settings.prefill.count + settings.decode.count
         self._ray_dir = tempfile.mkdtemp(prefix="kvferry-ray-")
         ray.init(
@@ -186,14 +188,14 @@ class Deployment:
             log_to_driver=logger.isEnabledFor(logging.INFO),
             logging_level=logging.WARNING,
         )
-        share = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
-        gpus = {
-            "prefill": share if settings.prefill.gpus is None else settings.prefill.gpus,
-            "decode": share if settings.decode.gpus is None else settings.decode.gpus,
-        }
+        present = ray.cluster_resources().get("GPU", 0)
+
+        def gpus(wanted: float | None, size: int) -> float:
+            return ranks.gpus(size, available=present) if wanted is None else wanted
+
         self.store = ring = settings.store.ring_config(settings.store.nodes or self._start_nodes())
         model = model_config(settings)
-        threads = settings.threads or os.cpu_count() or 1
+        cores = os.cpu_count() or 1
         prefill_configs = [
             prefill_config(
                 settings, host=settings.prefill.host, port=settings.prefill.port and settings.prefill.port + i
@@ -208,11 +210,19 @@ class Deployment:
         cache = settings.store.worker_cache
         pending = {
             name: self._begin(
-                name, WorkerActor, model, config, ring, threads, own_prefill, cache, num_gpus=gpus[name.split("-")[0]]
+                name,
+                WorkerActor,
+                dataclasses.replace(model, tensor_parallel=size),
+                config,
+                ring,
+                threads_of_rank(settings, size, num_cores=cores),
+                own_prefill,
+                cache,
+                num_gpus=gpus(wanted, size),
             )
-            for name, config in (
-                *((f"prefill-{i}", c) for i, c in enumerate(prefill_configs)),
-                *((f"decode-{i}", c) for i, c in enumerate(decode_configs)),
+            for name, config, size, wanted in (
+                *((f"prefill-{i}", c, ranks.prefill, settings.prefill.gpus) for i, c in enumerate(prefill_configs)),
+                *((f"decode-{i}", c, ranks.decode, settings.decode.gpus) for i, c in enumerate(decode_configs)),
             )
         }
         addresses = {name: self._finish(name, start) for name, start in pending.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -47,7 +47,22 @@ class GatewaySettings(Section):
     """What the policy `prefix` may use to remember where blocks are."""
 
 
-class PrefillSettings(Section):
+class Ranks(Section):
+    """How a worker is spread over processes, and over GPUs where there are some."""
+
+    tensor_parallel: int = Field(1, ge=1, le=64)
+    """Ranks of each worker: a divisor of the model's KV heads, or a multiple."""
+    pipeline_parallel: int = Field(1, ge=1)
+
+    @field_validator("pipeline_parallel")
+    @classmethod
+    def _no_pipeline(cls, value: int) -> int:
+        if value > 1:
+            raise ValueError("layers cannot be spread over workers: leave pipeline_parallel at 1, set tensor_parallel")
+        return value
+
+
+class PrefillSettings(Ranks):
     host: str = "127.0.0.1"
     port: Port = 7610
     """The first worker's; the next ones count up. 0: any free ports."""
@@ -62,7 +77,7 @@ class PrefillSettings(Section):
     """In a cluster: only on machines that have this Ray resource."""
 
 
-class DecodeSettings(Section):
+class DecodeSettings(Ranks):
     host: str = "127.0.0.1"
     port: Port = 7650
     """The first worker's; the next ones count up. 0: any free ports."""
