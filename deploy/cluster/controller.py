@@ -156,14 +156,16 @@ class Controller:
                 self._ask(process, directory)
 
     def _wanted(self, *, has_gpus: bool) -> list[Member]:
-        settings = self._settings
-        default = 1.0 if has_gpus and settings.device != "cpu" else 0.0
+        prefill, decode = self._settings.prefill, self._settings.decode
+        gpus_of_a_rank = 1.0 if has_gpus and self._settings.device != "cpu" else 0.0
         return wanted_members(
             **self._counts,
-            prefill_gpus=default if settings.prefill.gpus is None else settings.prefill.gpus,
-            decode_gpus=default if settings.decode.gpus is None else settings.decode.gpus,
-            prefill_resource=settings.prefill.resource,
-            decode_resource=settings.decode.resource,
+            prefill_ranks=prefill.tensor_parallel,
+            decode_ranks=decode.tensor_parallel,
+            prefill_gpus=gpus_of_a_rank * prefill.tensor_parallel if prefill.gpus is None else prefill.gpus,
+            decode_gpus=gpus_of_a_rank * decode.tensor_parallel if decode.gpus is None else decode.gpus,
+            prefill_resource=prefill.resource,
+            decode_resource=decode.resource,
         )
 
     def _may_place(self, machines: dict[str, Machine]) -> bool:
