@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvferry.deploy.cluster.members import DirectoryActor, GatewayActor, Started, StoreActor, WorkerActor
 from kvferry.deploy.cluster.plan import Machine, Member, choose_machine, wanted_members
-from kvferry.deploy.settings import DecodeSettings, PrefillSettings, Settings
+from kvferry.deploy.settings import Settings
 from kvferry.kvstore.process_logs import configure_logs
 
 logger = logging.getLogger(__name__)
@@ -156,14 +156,16 @@ class Controller:
                 self._ask(process, directory)
 
     def _wanted(self, *, has_gpus: bool) -> list[Member]:
-        settings = self._settings
-        default = 1.0 if has_gpus and settings.device != "cpu" else 0.0
+        prefill, decode = self._settings.prefill, self._settings.decode
+        gpus_of_a_rank = 1.0 if has_gpus and self._settings.device != "cpu" else 0.0
         return wanted_members(
             **self._counts,
-            prefill_gpus=_gpus(settings.prefill, default),
-            decode_gpus=_gpus(settings.decode, default),
-            prefill_resource=settings.prefill.resource,
-            decode_resource=settings.decode.resource,
+            prefill_ranks=prefill.tensor_parallel,
+            decode_ranks=decode.tensor_parallel,
+            prefill_gpus=gpus_of_a_rank * prefill.tensor_parallel if prefill.gpus is None else prefill.gpus,
+            decode_gpus=gpus_of_a_rank * decode.tensor_parallel if decode.gpus is None else decode.gpus,
+            prefill_resource=prefill.resource,
+            decode_resource=decode.resource,
         )
 
     def _may_place(self, machines: dict[str, Machine]) -> bool:
@@ -304,8 +306,3 @@ def _arguments(member: Member, settings: Settings) -> tuple[object, ...]:
             return settings, member.name, role, member.index
         case _:
             return settings, member.name
-
-
-def _gpus(section: PrefillSettings | DecodeSettings, default: float) -> float:
-    """Of one worker: one a rank where the settings say nothing."""
-    return default * section.tensor_parallel if section.gpus is None else section.gpus

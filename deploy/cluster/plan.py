@@ -49,19 +49,35 @@ def wanted_members(
     gateway: int,
     prefill_gpus: float,
     decode_gpus: float,
+    prefill_ranks: int = 1,
+    decode_ranks: int = 1,
     prefill_resource: str | None = None,
     decode_resource: str | None = None,
 ) -> list[Member]:
-    """In the order in which they are placed."""
+    """In the order in which they are placed. A worker takes a CPU a rank, for placement; its threads are set apart."""
     return [
         *(Member(name="directory", role="directory", index=i) for i in range(directory)),
         *(Member(name=f"store-{i}", role="store", index=i) for i in range(store)),
         *(
-            Member(name=f"prefill-{i}", role="prefill", index=i, cpus=1, gpus=prefill_gpus, resource=prefill_resource)
+            Member(
+                name=f"prefill-{i}",
+                role="prefill",
+                index=i,
+                cpus=prefill_ranks,
+                gpus=prefill_gpus,
+                resource=prefill_resource,
+            )
             for i in range(prefill)
         ),
         *(
-            Member(name=f"decode-{i}", role="decode", index=i, cpus=1, gpus=decode_gpus, resource=decode_resource)
+            Member(
+                name=f"decode-{i}",
+                role="decode",
+                index=i,
+                cpus=decode_ranks,
+                gpus=decode_gpus,
+                resource=decode_resource,
+            )
             for i in range(decode)
         ),
         *(Member(name=f"gateway-{i}", role="gateway", index=i) for i in range(gateway)),

@@ -166,7 +166,8 @@ class Scenario:
         """The same with Ray's own command, and a machine that is lost. `tokens`: the answer; empty: not known yet."""
         lab = self._lab
         with self.step("plain ray up with the documented variable, until every process is well"):
-            command = "RAY_UP_enable_autoscaler_v2=0 ray up -y --no-config-cache cluster.yaml"
+            token = "ray get-auth-token --generate > /dev/null"
+            command = f"{token}; RAY_UP_enable_autoscaler_v2=0 ray up -y --no-config-cache cluster.yaml"
             done = lab.run(lab.client, command, timeout_s=UP_TIMEOUT_S, log=self._log)
             check(done.returncode == 0, f"ray up failed: {done.output[-1500:]}{done.errors[-1500:]}")
             self.until("all is well", self.is_well, UP_TIMEOUT_S)

@@ -67,6 +67,12 @@ def test_all_gpus_of_a_worker_are_on_one_machine(gpus: float, room: int) -> None
     assert place(members(decode=1, decode_gpus=3.0), machines) == {"decode-0": None}
 
 
+def test_the_ranks_of_a_worker_are_on_one_machine() -> None:
+    machines = [machine("a"), machine("b", CPU=4)]
+    chosen = place(members(prefill=1, decode=2, prefill_ranks=4, decode_ranks=2), machines)
+    assert chosen == {"prefill-0": "b", "decode-0": "a", "decode-1": None}
+
+
 def test_a_role_may_be_kept_to_machines_with_a_resource() -> None:
     machines = [machine("a"), machine("b", **{"accelerator_type:H100": 1.0})]
     chosen = place(members(prefill=1, decode=1, prefill_resource="accelerator_type:H100"), machines)
