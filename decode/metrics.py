@@ -48,6 +48,9 @@ class DecodeMetrics:
                 ("kv_transfer_bf16_bytes", "What these crossings would have been with 16-bit K and V."),
             )
         )
+        for path in ("store_read", "handoff"):  # so that a rate has a first value
+            for moved in (self._bytes, self._bf16_bytes):
+                moved.labels(**self._labels, role=ROLE, path=path)
         self._exposed = Histogram(
             f"{PREFIX}kv_transfer_exposed_seconds",
             "How long a request waited for blocks and tail after prefill's handoff.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
 import grpc
@@ -11,13 +11,15 @@ import grpc
 from kvferry.decode.admission import RequestTooLarge, WorkerFull
 from kvferry.decode.config import DecodeConfig
 from kvferry.decode.metrics import DecodeMetrics
-from kvferry.decode.prefill_stream import PrefillChannels, PrefillFailed, PrefillStream, RemotePrefillStream
+from kvferry.decode.prefill_peers import PrefillPeers
+from kvferry.decode.prefill_stream import PrefillFailed, PrefillStream, RemotePrefillStream
 from kvferry.decode.running import DecodeFailed
 from kvferry.decode.warm import AnswerWarmer
 from kvferry.decode.worker import Answer, DecodeWorker, RequestUsage
 from kvferry.kernels.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from kvferry.kvstore.identity import namespace_of, unreadable_because
 from kvferry.proto import worker_pb2, worker_pb2_grpc
+from kvferry.proto.attempts import Attempts, CallEnded, Draining
 from kvferry.proto.request_id import bind_request_id
 from kvferry.proto.trailing_metadata import RETRY_AFTER_KEY
 
@@ -47,19 +49,51 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         self._vocab_size = vocab_size
         self._config = config
         self._local_prefill = local_prefill
-        self._channels = PrefillChannels()
+        self._peers = PrefillPeers()
         self.warmer = AnswerWarmer()
         self.metrics = DecodeMetrics(info.model_name)
+        self.attempts = Attempts()
+        """The requests that run here."""
+
+    @property
+    def num_prefill_lost(self) -> int:
+        """Prefill workers that were given up while a request waited for them."""
+        return self._peers.num_lost
 
     async def close(self) -> None:
         await self.warmer.close()
-        await self._channels.close()
+        await self._peers.close()
 
     async def Generate(
         self, request: worker_pb2.DecodeRequest, context: Context
     ) -> AsyncIterator[worker_pb2.TokenChunk]:
         bind_request_id(request.request_id)
-        await self._check(request, context)
+        try:
+            with self.attempts.running(request.tenant, request.request_id, request.attempt) as running:
+                await self._check(request, context)
+                async with aclosing(running.pumped(self._answer(request, context))) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+        except CallEnded as error:
+            await context.abort(error.code, str(error), trailing_metadata=error.metadata)
+        except grpc.aio.AbortError:
+            raise
+        except RequestTooLarge as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except WorkerFull as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except PrefillFailed as error:
+            hint = ((RETRY_AFTER_KEY, error.retry_after_ms),) if error.retry_after_ms else ()
+            draining = Draining.metadata if error.draining else ()
+            await context.abort(error.code, str(error), trailing_metadata=(*hint, *draining))
+        except Exception as error:  # the edge: whatever failed, the caller is told
+            if not isinstance(error, DecodeFailed | ValueError):
+                logger.exception("a decode request failed")
+            await context.abort(grpc.StatusCode.INTERNAL, f"decode failed: {error}")
+
+    async def _answer(
+        self, request: worker_pb2.DecodeRequest, context: Context
+    ) -> AsyncGenerator[worker_pb2.TokenChunk]:
         answers = self._worker.generate(
             token_ids=list(request.token_ids),
             sampling=SamplingParams.of(request.sampling),
@@ -77,20 +111,11 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
                     self.metrics.tokens.inc()
                     if answer.choice == 0:
                         written.append(answer.event.token.token_id)
-                    yield answer_to_pb(answer)
+                    chunk = answer_to_pb(answer)
+                    chunk.attempt = request.attempt
+                    yield chunk
             finished = True
             self._warm(request, written)
-        except RequestTooLarge as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except WorkerFull as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        except PrefillFailed as error:
-            hint = ((RETRY_AFTER_KEY, error.retry_after_ms),) if error.retry_after_ms else ()
-            await context.abort(error.code, str(error), trailing_metadata=hint)
-        except Exception as error:  # the edge: whatever failed, the caller is told
-            if not isinstance(error, DecodeFailed | ValueError):
-                logger.exception("a decode request failed")
-            await context.abort(grpc.StatusCode.INTERNAL, f"decode failed: {error}")
         finally:
             logger.debug("decoding %s", "finished" if finished else "ended", extra={"fields": {"tokens": len(written)}})
             self.metrics.ended(
@@ -145,6 +170,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
                 sampling=request.sampling,
                 identity=self._maker(request),
                 priority=request.priority,
+                attempt=request.attempt,
                 pieces=worker_pb2.PieceRequest(blocks=missing),
             ),
             timeout_s=self._config.prefill_timeout_s if remaining is None else remaining,
@@ -176,7 +202,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         if not address:
             assert self._local_prefill is not None  # `_check`
             return self._local_prefill(start, timeout_s)
-        return self._remote_prefill(self._channels.get(address), address, start, timeout_s=timeout_s)
+        return self._remote_prefill(self._peers.get(address), start, timeout_s=timeout_s)
 
 
 def answer_to_pb(answer: Answer) -> worker_pb2.TokenChunk:

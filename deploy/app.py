@@ -23,19 +23,17 @@ from typing import Any, Self
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # else a line of one worker hides a similar one of another
 
 import ray
 import torch
 
 from kvferry.decode.config import DecodeConfig
-from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
-from kvferry.deploy.gateway_server import GatewayServer
-from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tokenizer_digest
-from kvferry.deploy.routing.router import Router
+from kvferry.deploy.assembly import decode_config, make_gateway, model_config, prefill_config
+from kvferry.deploy.models import find_model
+from kvferry.deploy.rank_counts import RankCounts, threads_of_rank
 from kvferry.deploy.settings import Settings
-from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
-from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
 from kvferry.kvstore.process_logs import LogConfig, configure_logs
 from kvferry.kvstore.ring_config import RingConfig
@@ -65,8 +63,9 @@ class StoreActor(LoggingActor):
         tune_malloc()
         store = settings.store
         backend = await asyncio.to_thread(make_backend, store.store_config(index))
-        port = store.port and store.port + index
-        config = NodeConfig(host=store.host, port=port, metrics=settings.metrics.place(port))
+        config = dataclasses.replace(
+            store.node_config(index), metrics=settings.metrics.place(store.port and store.port + index)
+        )
         self._server = KVStoreServer(backend, config)
         await self._server.start()
         return self._server.address
@@ -129,60 +128,6 @@ class GatewayActor(LoggingActor):
         return os.getpid()
 
 
-def model_config(settings: Settings) -> ModelConfig:
-    return ModelConfig(
-        model=settings.model,
-        served_name=settings.served_model_name,
-        spec=resolve_spec(settings.preset, block_size=settings.block_size, sink_tokens=settings.sink_tokens),
-        device=settings.device,
-        dtype=settings.dtype,
-        weight_quantization=settings.weight_quantization,
-        kernels=settings.kernels,
-        max_model_len=settings.max_model_len,
-    )
-
-
-async def make_gateway(
-    settings: Settings, *, prefill: list[str], decode: list[str], router: Router | None = None
-) -> GatewayServer:
-    """A gateway for these workers, not started. Reads the model's tokenizer and configuration, not its weights.
-
-    `router`: None: as the settings say.
-    """
-    from transformers import AutoConfig
-
-    source = await asyncio.to_thread(find_model, settings.model)
-    tokenizer = await asyncio.to_thread(load_tokenizer, source)
-    config = AutoConfig.from_pretrained(source.path)
-    window = config.max_position_embeddings
-    gateway = settings.gateway
-    return GatewayServer(
-        GatewayConfig(
-            model_name=settings.served_model_name or source.name,
-            decode_workers=tuple(decode),
-            prefill_workers=tuple(prefill),
-            host=gateway.host,
-            port=gateway.port,
-            metrics=settings.metrics.place(gateway.port),
-            tenant=gateway.tenant,
-            router=gateway.router,
-            router_memory=gateway.router_memory,
-            eos_token_ids=tuple(end_token_ids(source, tokenizer)),
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            limits=RequestLimits(
-                max_prompt_bytes=gateway.max_prompt_bytes,
-                max_new_tokens=gateway.max_new_tokens,
-                max_concurrent=gateway.max_concurrent,
-                max_queued=gateway.max_queued,
-                default_timeout_s=gateway.default_timeout_s,
-            ),
-        ),
-        tokenizer=tokenizer,
-        model=ModelLimits(max_model_len=min(settings.max_model_len or window, window), vocab_size=config.vocab_size),
-        router=router,
-    )
-
-
 class Deployment:
     """All processes of one machine, as a context manager. Starts a Ray of its own and ends only that."""
 
@@ -226,7 +171,12 @@ class Deployment:
     def _start(self) -> None:
         settings = self.settings
         started = time.monotonic()
+        if settings.gateway.count != 1:
+            raise ValueError(
+                "gateway.count: one machine has one gateway; other numbers are for a cluster, see kvferry up"
+            )
         find_model(settings.model)  # a wrong name should fail before anything starts; converts a GGUF file once
+        ranks = RankCounts.of(settings)
         workers = settings.prefill.count + settings.decode.count
         self._ray_dir = tempfile.mkdtemp(prefix="kvferry-ray-")
         ray.init(
@@ -238,43 +188,41 @@ class Deployment:
             log_to_driver=logger.isEnabledFor(logging.INFO),
             logging_level=logging.WARNING,
         )
-        gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
+        present = ray.cluster_resources().get("GPU", 0)
+
+        def gpus(wanted: float | None, size: int) -> float:
+            return ranks.gpus(size, available=present) if wanted is None else wanted
+
         self.store = ring = settings.store.ring_config(settings.store.nodes or self._start_nodes())
         model = model_config(settings)
-        threads = settings.threads or os.cpu_count() or 1
+        cores = os.cpu_count() or 1
         prefill_configs = [
-            PrefillConfig(
-                host=settings.prefill.host,
-                port=(port := settings.prefill.port and settings.prefill.port + i),
-                metrics=settings.metrics.place(port),
-                max_requests=settings.prefill.max_requests,
-                fetch=settings.prefill.fetch,
+            prefill_config(
+                settings, host=settings.prefill.host, port=settings.prefill.port and settings.prefill.port + i
             )
             for i in range(settings.prefill.count)
         ]
-        own_prefill = (
-            None
-            if prefill_configs
-            else PrefillConfig(max_requests=settings.prefill.max_requests, fetch=settings.prefill.fetch)
-        )
+        own_prefill = None if prefill_configs else prefill_config(settings)
         decode_configs = [
-            DecodeConfig(
-                host=settings.decode.host,
-                port=(port := settings.decode.port and settings.decode.port + i),
-                metrics=settings.metrics.place(port),
-                kv_memory=settings.decode.kv_memory,
-                max_num_seqs=settings.decode.max_num_seqs,
-                prefix_caching=settings.decode.prefix_caching,
-                publish_answers=settings.decode.publish_answers,
-            )
+            decode_config(settings, host=settings.decode.host, port=settings.decode.port and settings.decode.port + i)
             for i in range(settings.decode.count)
         ]
         cache = settings.store.worker_cache
         pending = {
-            name: self._begin(name, WorkerActor, model, config, ring, threads, own_prefill, cache, num_gpus=gpus)
-            for name, config in (
-                *((f"prefill-{i}", c) for i, c in enumerate(prefill_configs)),
-                *((f"decode-{i}", c) for i, c in enumerate(decode_configs)),
+            name: self._begin(
+                name,
+                WorkerActor,
+                dataclasses.replace(model, tensor_parallel=size),
+                config,
+                ring,
+                threads_of_rank(settings, size, num_cores=cores),
+                own_prefill,
+                cache,
+                num_gpus=gpus(wanted, size),
+            )
+            for name, config, size, wanted in (
+                *((f"prefill-{i}", c, ranks.prefill, settings.prefill.gpus) for i, c in enumerate(prefill_configs)),
+                *((f"decode-{i}", c, ranks.decode, settings.decode.gpus) for i, c in enumerate(decode_configs)),
             )
         }
         addresses = {name: self._finish(name, start) for name, start in pending.items()}

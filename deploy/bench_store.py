@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import xxhash
 
 from kvferry.deploy.bench_store_peer import mooncake_contenders
 from kvferry.deploy.bench_store_tcp import tcp_seconds
@@ -163,10 +164,11 @@ async def _contenders(
     connection = stack.enter_context(_tcp_server())
     contenders: dict[str, tuple[Contender, str]] = {}
 
-    def tcp(put: bool) -> Contender:
-        return lambda: asyncio.to_thread(tcp_seconds, connection, put=put, count=count, size=size)
+    def tcp(put: bool, distinct: bool = False) -> Contender:
+        return lambda: asyncio.to_thread(tcp_seconds, connection, put=put, count=count, size=size, distinct=distinct)
 
     contenders["plain TCP get"] = (tcp(False), "plain TCP get")
+    contenders["plain TCP get, different messages"] = (tcp(False, distinct=True), "plain TCP get")
     contenders["plain TCP put"] = (tcp(True), "plain TCP put")
 
     async def sha256() -> float:
@@ -176,9 +178,19 @@ async def _contenders(
         return time.perf_counter() - start
 
     contenders["SHA-256 alone, one thread"] = (sha256, "plain TCP get")
+
+    async def xxh3() -> float:
+        start = time.perf_counter()
+        for _, record in records:
+            xxhash.xxh3_128_digest(record)
+        return time.perf_counter() - start
+
+    contenders["XXH3-128 alone, one thread"] = (xxh3, "plain TCP get")
     memory = await stack.enter_async_context(_node(folder, "memory", "--memory", "4GiB"))
+    over_grpc = await stack.enter_async_context(StoreClient(_client_config(memory.address, use_bulk=False)))
     contenders["node get: memory"] = (_get(memory, keys), "plain TCP get")
-    contenders["node get: memory, no client checks"] = (_unchecked_get(stack, memory, keys), "plain TCP get")
+    contenders["node get: memory, over gRPC"] = (_get(over_grpc, keys), "plain TCP get")
+    contenders["node get: memory, over gRPC, unchecked"] = (_unchecked_get(stack, memory, keys), "plain TCP get")
     contenders["node put: memory"] = (_put(memory, records), "plain TCP put")
     if size <= 1 << 20:
         contenders["node put_many: memory"] = (_put_many(memory, records), "plain TCP put")
@@ -249,7 +261,10 @@ def _get(client: StoreClient, keys: list[bytes]) -> Contender:
         start = time.perf_counter()
         async for _ in client.get(keys, namespace=_NAMESPACE, timeout_s=CALL_TIMEOUT_S):
             pass
-        return time.perf_counter() - start
+        taken = time.perf_counter() - start
+        if client.counters.bulk_fallbacks:
+            raise RuntimeError("a get went over gRPC though the node has a bulk port")
+        return taken
 
     return run
 
@@ -306,9 +321,12 @@ async def _node(folder: Path, name: str, *arguments: str) -> AsyncIterator[Store
     with ExitStack() as stack:
         line = stack.enter_context(_process(command, folder / f"{name}.log", "serving on "))
         address = line.split("serving on ")[1].split(",")[0]
-        config = ClientConfig(address=address, lookup_timeout_s=30.0, progress_timeout_s=30.0)
-        async with StoreClient(config) as client:
+        async with StoreClient(_client_config(address)) as client:
             yield client
+
+
+def _client_config(address: str, *, use_bulk: bool = True) -> ClientConfig:
+    return ClientConfig(address=address, lookup_timeout_s=30.0, progress_timeout_s=30.0, use_bulk=use_bulk)
 
 
 @contextlib.contextmanager

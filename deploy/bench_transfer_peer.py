@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 
 from kvferry.decode.config import DecodeConfig
+from kvferry.decode.prefill_peers import PrefillPeer
 from kvferry.decode.prefill_stream import RemotePrefillStream
 from kvferry.deploy.bench_transfer_lab import MAX_LINE_BYTES
 from kvferry.deploy.spec_file import resolve_spec
@@ -41,14 +42,12 @@ class TimedPrefillStream(RemotePrefillStream):
     times: dict[str, dict[str, float]] = {}  # noqa: RUF012  # by request id, of this process
     """`started`, `handed_over` and `done` (everything is here), by time.monotonic()."""
 
-    def __init__(
-        self, channel: grpc.aio.Channel, address: str, start: worker_pb2.PrefillStart, *, timeout_s: float
-    ) -> None:
+    def __init__(self, peer: PrefillPeer, start: worker_pb2.PrefillStart, *, timeout_s: float) -> None:
         self._mode = start.request_id.partition(":")[0]
         if self._mode != "streamed":
             start.ClearField("pieces")
         self._times = self.times.setdefault(start.request_id, {})
-        super().__init__(channel, address, start, timeout_s=timeout_s)
+        super().__init__(peer, start, timeout_s=timeout_s)
 
     async def start(self) -> None:
         self._times["started"] = time.monotonic()

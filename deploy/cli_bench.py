@@ -40,7 +40,7 @@ def bench_decode_command(
 
     A context as long as the model's window is shortened by what is generated.
     """
-    from kvferry.deploy.app import model_config
+    from kvferry.deploy.assembly import model_config
     from kvferry.deploy.benchmark.decode_command import run_decode_bench
     from kvferry.deploy.benchmark.decode_run import DecodePlan
 

@@ -17,11 +17,13 @@ from kvferry.deploy.errors import (
     NoWorker,
     Overloaded,
     RequestError,
+    WorkerDraining,
     WorkerFailed,
     WorkerLost,
 )
 from kvferry.deploy.worker_pool import WorkerPair
 from kvferry.proto import inference_pb2, worker_pb2
+from kvferry.proto.attempts import is_draining
 from kvferry.proto.trailing_metadata import retry_after_ms
 
 _END_OF_STREAM_S = 1.0
@@ -37,7 +39,7 @@ async def decode(
     Raises `WorkerLost` when the decode worker is given up, or the prefill worker before the first token.
     """
     worker, prefill = pair
-    answers.start_worker()
+    answers.start_worker(request.attempt)
     call = worker.decode.Generate(request, timeout=max(deadline - time.monotonic(), 0.001))
     waiting = ExitStack()
     waiting.enter_context(worker.ending(call.cancel))
@@ -72,6 +74,8 @@ async def decode(
 def request_error(error: grpc.aio.AioRpcError, *, num_tokens: int) -> RequestError:
     """What the client is told. Details pass only where workers write them for callers."""
     match error.code():
+        case grpc.StatusCode.UNAVAILABLE if is_draining(error):
+            return WorkerDraining("The worker is about to end and takes no new requests.")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
             return _lost(num_tokens)
         case grpc.StatusCode.DEADLINE_EXCEEDED:

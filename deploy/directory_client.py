@@ -66,8 +66,9 @@ class Registration:
         self._make_channel = channel or _plain_channel
         self._task: asyncio.Task[None] | None = None
         self.epoch = 0
-        """Of the lease; 0 before the first."""
+        """See `Lease`."""
         self.num_leases_lost = 0
+        """See `Lease`."""
         self.registered = asyncio.Event()
         """Set while the last announcement was answered."""
 

@@ -38,7 +38,7 @@ class DirectoryConfig:
     host: str = "127.0.0.1"
     port: int = 0
     """0: any free port."""
-    lease_s: float = 3.0
+    lease_s: float = 4.0
     """A member that is silent for longer is taken off."""
     settle_s: float = 5.0
     """So long after a start members may be missing, and keep the epochs that they had."""
@@ -101,6 +101,14 @@ class DirectoryServer:
         for service in (health.OVERALL_HEALTH, SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         return f"{self._config.host}:{port}"
+
+    async def begin_drain(self) -> None:
+        """Health goes NOT_SERVING."""
+        await self._health.enter_graceful_shutdown()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Members keep what they know: there is nothing to wait for."""
+        return True
 
     async def stop(self, grace_s: float = 0.5) -> None:
         """Members go on without it."""

@@ -16,6 +16,9 @@ RequestError
 ├── SlowClient                   the client stopped reading                RESOURCE_EXHAUSTED
 ├── NoWorker                     nothing can serve this now                UNAVAILABLE
 ├── WorkerLost                   the worker went away                      UNAVAILABLE
+│   └── WorkerDraining           it is about to end, and takes no requests
+├── GatewayDraining              this gateway is about to end              UNAVAILABLE
+├── SupersededRequest            the client has tried again since          ABORTED
 ├── WorkerFailed                 the worker answered with an error         INTERNAL
 ├── BrokenStream                 tokens missing, repeated or impossible    DATA_LOSS
 └── DeadlineExceeded                                                       DEADLINE_EXCEEDED
@@ -34,6 +37,7 @@ __all__ = [
     "BrokenStream",
     "DeadlineExceeded",
     "EmptyPrompt",
+    "GatewayDraining",
     "InvalidField",
     "InvalidRequest",
     "MalformedRequest",
@@ -45,9 +49,11 @@ __all__ = [
     "RequestError",
     "RequestIdInUse",
     "SlowClient",
+    "SupersededRequest",
     "TokenIdOutOfVocabulary",
     "UnknownModel",
     "UnknownRole",
+    "WorkerDraining",
     "WorkerFailed",
     "WorkerLost",
     "status_code",
@@ -120,6 +126,18 @@ class WorkerLost(RequestError):
     pass
 
 
+class WorkerDraining(WorkerLost):
+    pass
+
+
+class GatewayDraining(RequestError):
+    pass
+
+
+class SupersededRequest(RequestError):
+    pass
+
+
 class WorkerFailed(RequestError):
     pass
 
@@ -142,6 +160,8 @@ _STATUS: Mapping[type[RequestError], grpc.StatusCode] = MappingProxyType(
         SlowClient: grpc.StatusCode.RESOURCE_EXHAUSTED,
         NoWorker: grpc.StatusCode.UNAVAILABLE,
         WorkerLost: grpc.StatusCode.UNAVAILABLE,
+        GatewayDraining: grpc.StatusCode.UNAVAILABLE,
+        SupersededRequest: grpc.StatusCode.ABORTED,
         WorkerFailed: grpc.StatusCode.INTERNAL,
         BrokenStream: grpc.StatusCode.DATA_LOSS,
         DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,

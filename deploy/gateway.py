@@ -18,22 +18,39 @@ from kvferry.deploy.answers import Answers
 from kvferry.deploy.config import GatewayConfig, ModelLimits
 from kvferry.deploy.decode_call import decode
 from kvferry.deploy.detokenizer import Detokenizer, TokenTexts, special_token_ids
-from kvferry.deploy.errors import InvalidField, NoWorker, PromptTooLong, RequestIdInUse, UnknownModel, WorkerLost
+from kvferry.deploy.errors import (
+    GatewayDraining,
+    InvalidField,
+    NoWorker,
+    PromptTooLong,
+    RequestIdInUse,
+    SupersededRequest,
+    UnknownModel,
+    WorkerDraining,
+    WorkerLost,
+)
+from kvferry.deploy.gateway_counters import GatewayCounters
 from kvferry.deploy.interceptor import seconds_left
+from kvferry.deploy.membership import Lease
 from kvferry.deploy.prompt import PromptEncoder, Tokenizer
+from kvferry.deploy.received import Received
 from kvferry.deploy.request_record import request_record
 from kvferry.deploy.routing.candidates import numerics_class
 from kvferry.deploy.routing.router import Route, RoutedRequest, Router
 from kvferry.deploy.sampling import SamplingRules
 from kvferry.deploy.warm_prompt import warm_prompt
 from kvferry.deploy.worker_pool import PooledWorker, WorkerPair, WorkerPool
-from kvferry.proto import inference_pb2, inference_pb2_grpc, worker_pb2
+from kvferry.proto import gateway_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
+from kvferry.proto.attempts import Attempts, Draining, Fenced, Superseded
 from kvferry.proto.request_id import REQUEST_ID, bind_request_id
 
 _logger = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _MAX_ATTEMPTS = 3
+_MAX_DRAINING = 13
+ATTEMPTS_OF_A_GATEWAY = 256
+"""A client's next attempt is at least so much greater, so that a gateway's own ones lie between them."""
 _MAX_WARMING = 8
 _MAX_WARM_QUEUED = 64
 
@@ -68,7 +85,9 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             Admission(max_concurrent=limits.max_concurrent, max_queued=limits.max_queued) for _ in range(2)
         )
         self._warming = Admission(max_concurrent=_MAX_WARMING, max_queued=_MAX_WARM_QUEUED)
-        self._request_ids: set[str] = set()
+        self._running = Attempts()
+        self.counters = GatewayCounters()
+        self._lease: Lease | None = None
 
     @property
     def num_running(self) -> int:
@@ -86,12 +105,15 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateChunk]:
-        received = time.monotonic()
-        deadline = received + seconds_left(context, self._config.limits.default_timeout_s)
+        began = time.monotonic()
+        deadline = began + seconds_left(context, self._config.limits.default_timeout_s)
         self._check_model(request.model)
         params = self._sampling.read(request.sampling)
         self._prompts.check(request)
-        with self._unique_request_id(request.request_id) as request_id:
+        received = _received(request, params.n)
+        self.counters.num_requests += 1
+        self.counters.num_resumed += bool(received)
+        with self._unique_request_id(request) as (request_id, attempt):
             self._check_serving()
             async with self._answering.slot():
                 request_record().admitted()
@@ -107,16 +129,21 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                     token_ids=token_ids,
                     sampling=params,
                     priority=request.priority,
+                    attempt=attempt,
                 )
-                answers = Answers([self._new_answer(decode_request, request.sampling.stop) for _ in range(params.n)])
+                answers = Answers(
+                    [self._new_answer(decode_request, request.sampling.stop) for _ in range(params.n)], received
+                )
                 ttft = None
                 async with aclosing(self._stream(decode_request, answers, deadline)) as chunks:
                     async for chunk, pair in chunks:
                         now = time.monotonic()
-                        ttft = now - received if ttft is None else ttft
+                        if ttft is None:
+                            ttft = now - began
+                            chunk.request_id, chunk.seed = request_id, params.seed
                         if answers.finished:
                             usage = _usage(decode_request, answers, pair)
-                            usage.ttft_seconds, usage.e2e_seconds = ttft, now - received
+                            usage.ttft_seconds, usage.e2e_seconds = ttft, now - began
                             chunk.usage.CopyFrom(usage)
                         yield chunk
 
@@ -183,36 +210,49 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         """The answers from one pair of workers; from others where the first ones are lost, without what was sent."""
         failed: list[PooledWorker] = []
         classes: tuple[bytes, bytes] | None = None  # of the first pair: another one has to say again what it has sent
-        for attempt in range(1, _MAX_ATTEMPTS + 1):
-            route = self._pick(request, failed, classes=classes)
-            pair = WorkerPair(route.decode, route.prefill)
-            request.prefill_address = pair.prefill.address if pair.prefill else ""
-            request.ClearField("prefill_identity")
-            if pair.prefill and pair.prefill.info:
-                request.prefill_identity.CopyFrom(pair.prefill.info.identity)
-            classes = classes or (numerics_class(pair.decode), numerics_class(pair.prefill or pair.decode))
-            request_record().assigned(pair.decode.address, pair.prefill_address)
-            with ExitStack() as decoding, ExitStack() as prefilling:
-                decoding.enter_context(pair.decode.in_use())
-                if pair.prefill:
-                    prefilling.enter_context(pair.prefill.in_use())
-                prefilling.enter_context(route.prefilling())
-                try:
-                    chunks = decode(pair, request, answers, deadline)
-                    async with aclosing(chunks):
-                        async for chunk in chunks:
-                            prefilling.close()
-                            yield chunk, pair
-                    return
-                except WorkerLost as error:
-                    for worker in pair.workers:
-                        worker.poll_now.set()
-                    failed += pair.workers
-                    if attempt == _MAX_ATTEMPTS:
-                        raise
-                    if not self._pool.candidates().without(failed):
-                        raise WorkerLost(f"{error} No other worker is ready.") from None
-                    _logger.warning("a request goes to other workers")
+        num_lost = 0
+        try:
+            for _ in range(_MAX_ATTEMPTS + _MAX_DRAINING):
+                route = self._pick(request, failed, classes=classes)
+                pair = WorkerPair(route.decode, route.prefill)
+                request.prefill_address = pair.prefill.address if pair.prefill else ""
+                request.ClearField("prefill_identity")
+                if pair.prefill and pair.prefill.info:
+                    request.prefill_identity.CopyFrom(pair.prefill.info.identity)
+                classes = classes or (numerics_class(pair.decode), numerics_class(pair.prefill or pair.decode))
+                request_record().assigned(pair.decode.address, pair.prefill_address)
+                with ExitStack() as decoding, ExitStack() as prefilling:
+                    decoding.enter_context(pair.decode.in_use())
+                    if pair.prefill:
+                        prefilling.enter_context(pair.prefill.in_use())
+                    prefilling.enter_context(route.prefilling())
+                    try:
+                        chunks = decode(pair, request, answers, deadline)
+                        async with aclosing(chunks):
+                            async for chunk in chunks:
+                                prefilling.close()
+                                yield chunk, pair
+                        return
+                    except WorkerLost as error:
+                        num_lost += not isinstance(error, WorkerDraining)
+                        self._after_loss(error, pair, failed, is_last=num_lost >= _MAX_ATTEMPTS)
+                        _logger.warning("a request goes to other workers: %s", error)
+                request.attempt += 1
+            raise NoWorker("Every worker that was asked is about to end.")
+        finally:
+            self.counters.num_stale_chunks += answers.num_stale
+
+    def _after_loss(self, error: WorkerLost, pair: WorkerPair, failed: list[PooledWorker], *, is_last: bool) -> None:
+        """Notes what happened to `pair`. Raises when the request cannot go on elsewhere."""
+        for worker in pair.workers:
+            worker.poll_now.set()
+        failed += pair.workers
+        if is_last:
+            raise error
+        if not self._pool.candidates().without(failed):
+            raise WorkerLost(f"{error} No other worker is ready.") from None
+        self.counters.num_failovers += 1
+        self.counters.num_draining_workers += isinstance(error, WorkerDraining)
 
     def _pick(
         self,
@@ -257,26 +297,71 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             raise UnknownModel(f"This gateway serves {self._config.model_name!r} only.")
 
     @contextmanager
-    def _unique_request_id(self, request_id: str) -> Iterator[str]:
-        request_id = request_id or secrets.token_hex(16)
+    def _unique_request_id(self, request: inference_pb2.GenerateRequest) -> Iterator[tuple[str, int]]:
+        """(request_id, the first attempt's number) while the request runs. A client that tries again ends its older
+        attempt here."""
+        request_id = request.request_id or secrets.token_hex(16)
         if not REQUEST_ID.fullmatch(request_id):
             raise InvalidField(
                 f"request_id is {len(request_id)} characters long; "
                 "allowed: 1 to 128 letters, digits, '.', '_', ':' or '-'."
             )
-        if request_id in self._request_ids:
+        if not request.attempt and self._running.runs("", request_id):
             raise RequestIdInUse("A request with this request_id is running.")
-        self._request_ids.add(request_id)
         bind_request_id(request_id)
+        # A gateway's own attempts count up from the client's, or from the time: so they grow from request to request.
+        attempt = request.attempt or time.time_ns() // 1_000_000 * ATTEMPTS_OF_A_GATEWAY
         try:
-            yield request_id
-        finally:
-            self._request_ids.discard(request_id)
+            with self._running.running("", request_id, attempt):
+                yield request_id, attempt
+        except Draining as error:
+            raise GatewayDraining("This gateway is about to end; ask another one.") from error
+        except Superseded as error:
+            raise SupersededRequest(f"Request ended: {error}.") from error
+        except Fenced as error:
+            raise GatewayDraining(f"This gateway ends now: {error}.") from error
+
+    def use_lease(self, lease: Lease) -> None:
+        """Whose epoch `stats` tells."""
+        self._lease = lease
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new requests; waits until the running ones have ended. False when `timeout_s` was not enough: what
+        still runs then is ended with UNAVAILABLE, and its clients go on elsewhere."""
+        self._running.draining = True
+        idle = await self._running.until_idle(timeout_s)
+        self._running.end_all("its time to drain is over")
+        return idle
+
+    def stats(self) -> gateway_pb2.GatewayStats:
+        calls, lease = self._running.counters, self._lease
+        return gateway_pb2.GatewayStats(
+            num_running=self._running.num_running,
+            num_calls_given_up=self._pool.num_calls_given_up,
+            num_superseded=calls.num_superseded,
+            num_refused=calls.num_refused,
+            num_cut=calls.num_fenced,
+            epoch=lease.epoch if lease else 0,
+            num_leases_lost=lease.num_leases_lost if lease else 0,
+            workers=sorted({worker.address for pair in self._pool.pairs() for worker in pair.workers}),
+            **vars(self.counters),
+        )
+
+
+def _received(request: inference_pb2.GenerateRequest, n: int) -> list[Received]:
+    """What the client has, by choice; empty for a request that begins. Raises `InvalidField`."""
+    if not request.received:
+        return []
+    if len(request.received) > n:
+        raise InvalidField(f"received has {len(request.received)} entries; allowed: one for each of the {n} answers.")
+    if not request.request_id or not request.attempt or not request.sampling.HasField("seed"):
+        raise InvalidField("A request with received needs the request_id, an attempt and the seed that it began with.")
+    return [Received(item.num_tokens, item.digest) for item in request.received]
 
 
 def _usage(request: worker_pb2.DecodeRequest, answers: Answers, pair: WorkerPair) -> inference_pb2.Usage:
     request_record().accounted(answers.worker_usage)
-    info = pair.decode.info or worker_pb2.WorkerInfo()
+    info = pair.decode.last_info or worker_pb2.WorkerInfo()
     usage = usage_from_worker(answers.worker_usage, kv_bytes_per_token_bf16=info.kv_bytes_per_token_bf16)
     usage.prompt_tokens = len(request.token_ids)
     usage.completion_tokens = answers.num_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -15,18 +15,26 @@ from kvferry.deploy.config import GatewayConfig, ModelLimits
 from kvferry.deploy.gateway import SERVICE, Gateway
 from kvferry.deploy.gateway_metrics import GatewayMetrics, gateway_families
 from kvferry.deploy.interceptor import EdgeInterceptor
-from kvferry.deploy.membership import Membership, StaticMembership
+from kvferry.deploy.membership import Lease, Membership, StaticMembership
 from kvferry.deploy.observed_gateway import ObservedGateway
 from kvferry.deploy.prompt import Tokenizer
 from kvferry.deploy.routing.policies import make_router
 from kvferry.deploy.routing.router import Router
 from kvferry.deploy.worker_pool import WorkerPool
 from kvferry.kvstore.metrics_endpoint import MetricsEndpoint
-from kvferry.proto import inference_pb2_grpc
+from kvferry.proto import gateway_pb2, gateway_pb2_grpc, inference_pb2_grpc
 from kvferry.proto.grpc_options import server_options
 
 # A prompt just over its limit still gets our sentence; a message beyond this is refused by gRPC, unread.
 _MESSAGE_OVERHEAD_BYTES = 2**20
+
+
+class _Stats(gateway_pb2_grpc.GatewayServicer):
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def Stats(self, request: gateway_pb2.StatsRequest, context: Any) -> gateway_pb2.GatewayStats:
+        return self._gateway.stats()
 
 
 class GatewayServer:
@@ -87,6 +95,7 @@ class GatewayServer:
         )
         observed = ObservedGateway(self._gateway, self.metrics, default_timeout_s=limits.default_timeout_s)
         inference_pb2_grpc.add_InferenceServicer_to_server(observed, server)
+        gateway_pb2_grpc.add_GatewayServicer_to_server(_Stats(self._gateway), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self._update_health()
         try:
@@ -100,6 +109,19 @@ class GatewayServer:
         await server.start()
         self._server = server
         return port
+
+    def use_lease(self, lease: Lease) -> None:
+        """Whose epoch `stats` tells."""
+        self._gateway.use_lease(lease)
+
+    async def begin_drain(self) -> None:
+        """Health goes NOT_SERVING; requests are still taken."""
+        await self._health.enter_graceful_shutdown()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Says NOT_SERVING, refuses new requests, waits for the running ones; see `Gateway.drain`."""
+        await self.begin_drain()
+        return await self._gateway.drain(timeout_s)
 
     async def stop(self, grace: float | None = None) -> None:
         """Says NOT_SERVING, takes no new requests, gives running ones `grace` seconds, then ends them."""

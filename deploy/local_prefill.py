@@ -16,6 +16,7 @@ import grpc
 from kvferry.decode.prefill_stream import PrefillFailed
 from kvferry.prefill.server import PrefillServicer
 from kvferry.proto import worker_pb2
+from kvferry.proto.attempts import DRAINING_KEY
 from kvferry.proto.trailing_metadata import Metadata, retry_after_ms
 
 MAX_EVENTS_AHEAD = 64
@@ -27,6 +28,7 @@ class _Aborted(Exception):
         super().__init__(details)
         self.code = code
         self.retry_after_ms = retry_after_ms(trailing_metadata)
+        self.draining = any(key == DRAINING_KEY for key, _ in trailing_metadata or ())
 
 
 class _Context:
@@ -87,7 +89,9 @@ class LocalPrefillStream:
         try:
             await self._task
         except _Aborted as error:
-            raise PrefillFailed(error.code, f"prefill: {error}", retry_after_ms=error.retry_after_ms) from error
+            raise PrefillFailed(
+                error.code, f"prefill: {error}", retry_after_ms=error.retry_after_ms, draining=error.draining
+            ) from error
         except TimeoutError as error:
             message = f"prefill: not done within {self._timeout_s:.1f} s"
             raise PrefillFailed(grpc.StatusCode.DEADLINE_EXCEEDED, message) from error

@@ -21,6 +21,20 @@ class Membership(Protocol):
         ...
 
 
+class Lease(Protocol):
+    """This process's own place among the members."""
+
+    @property
+    def epoch(self) -> int:
+        """0: none yet."""
+        ...
+
+    @property
+    def num_leases_lost(self) -> int:
+        """Times that it ended behind the process's back."""
+        ...
+
+
 class StaticMembership:
     """Members from the configuration."""
 

@@ -33,6 +33,13 @@ class ModelConfig:
     context_parallel: int = 1
     """Ranks of a decode worker that divide each context between them; not together with `tensor_parallel`."""
 
+    def __post_init__(self) -> None:
+        if self.tensor_parallel > 1 and self.weight_quantization != "none":
+            raise ValueError(
+                f"weight_quantization {self.weight_quantization} and tensor_parallel {self.tensor_parallel} do not go "
+                "together: set one of them to none or 1"
+            )
+
     def to_message(self) -> dict[str, Any]:
         """For another process: strings, numbers and None."""
         return asdict(self) | {"spec": spec_to_json(self.spec)}

@@ -29,6 +29,7 @@ class PooledWorker(WorkerState):
 
     def __init__(self, address: str) -> None:
         super().__init__(address)
+        self.last_info: worker_pb2.WorkerInfo | None = None  # the last answer, whether usable or not
         self.problem = "has not answered yet"  # why there is no `info`
         self.poll_now = asyncio.Event()
         self.is_listed = True
@@ -92,10 +93,13 @@ class PooledWorker(WorkerState):
                 self.problem = f"does not answer ({error.code().name})"
             return
         self._num_silent_polls = 0
+        self.last_info = info
         if info.model_name != model_name:
             self.info, self.problem = None, f"serves model {info.model_name!r}"
         elif not info.HasField("identity"):
             self.info, self.problem = None, "does not say what identity its model has"
+        elif info.draining:
+            self.info, self.problem = None, "is about to end"
         elif tokenizer_digest and info.identity.tokenizer_digest != tokenizer_digest:
             self.info, self.problem = None, "has another tokenizer than the gateway"
         else:
@@ -226,17 +230,18 @@ class WorkerPool:
         """Until the worker is not listed and none of its requests runs. Silence is found within
         poll_interval_s + 2 * poll_timeout_s: after a missed poll the next one begins at once."""
         leaving_since = None
+        load: asyncio.Task[None] | None = None
         try:
             while worker.is_listed or worker.num_outstanding:
                 if not worker.is_listed:
                     leaving_since = leaving_since or time.monotonic()
                     if time.monotonic() > leaving_since + _LEAVING_GRACE_S:
                         return
+                if load is None or load.done():  # beside Describe: news of a lost worker wait for nothing
+                    load = asyncio.create_task(worker.poll_load(timeout=self._poll_timeout_s))
                 before = worker.info
-                timeout = self._poll_timeout_s
-                await asyncio.gather(  # together, so that a silent worker is found no later
-                    worker.poll(model_name=self._model_name, tokenizer_digest=self._tokenizer_digest, timeout=timeout),
-                    worker.poll_load(timeout=timeout),
+                await worker.poll(
+                    model_name=self._model_name, tokenizer_digest=self._tokenizer_digest, timeout=self._poll_timeout_s
                 )
                 if worker.info != before:
                     self._candidates = None
@@ -253,6 +258,9 @@ class WorkerPool:
                 except TimeoutError:
                     pass
         finally:
+            if load is not None:
+                load.cancel()
+                await asyncio.gather(load, return_exceptions=True)
             await worker.channel.close(_LEAVING_GRACE_S)
 
     def _give_up(self, worker: PooledWorker) -> None:

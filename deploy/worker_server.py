@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -20,7 +21,7 @@ from kvferry.decode.worker import DecodeWorker
 from kvferry.deploy.executors import make_executors
 from kvferry.deploy.kv_memory import plan_kv_memory
 from kvferry.deploy.local_prefill import LocalPrefillStream
-from kvferry.deploy.membership import Membership
+from kvferry.deploy.membership import Lease, Membership
 from kvferry.deploy.model_config import ModelConfig
 from kvferry.deploy.models import LoadedModel, load_tokenizer, tokenizer_digest
 from kvferry.deploy.numerics import numerics_class
@@ -40,6 +41,7 @@ from kvferry.prefill.config import PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
 from kvferry.prefill.server import PrefillServicer
 from kvferry.proto import worker_pb2, worker_pb2_grpc
+from kvferry.proto.attempts import Attempts
 from kvferry.proto.grpc_options import server_options
 
 __all__ = ["ModelConfig", "ModelRuntime", "WorkerServer"]
@@ -47,6 +49,7 @@ __all__ = ["ModelConfig", "ModelRuntime", "WorkerServer"]
 logger = logging.getLogger(__name__)
 
 RECORD_OVERHEAD_BYTES = 256
+_PUBLISHING_POLL_S = 0.05
 RANKS_LOST = 4
 """Exit status of a worker whose group lost a rank."""
 REPORTED_CONTEXT = 4096
@@ -167,6 +170,8 @@ class WorkerServer:
         self.metrics_port = 0
         """Where Prometheus asks, once started; 0: nowhere."""
         self._health = health.aio.HealthServicer()
+        self._info = worker_pb2.WorkerInfo()
+        self._lease: Lease | None = None
         self._decode: tuple[DecodeEngine, DecodeServicer] | None = None
         self.prefill_servicer: PrefillServicer | None = None
         """The Prefill service, when this is its role and it has started."""
@@ -191,6 +196,7 @@ class WorkerServer:
             self._add_prefill(server, self._config, info)
         else:
             info = self._add_decode(server, self._config)
+        self._info = info
         worker_pb2_grpc.add_WorkerServicer_to_server(_Worker(info, self.stats), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = f"{self._config.host}:{self._config.port}"
@@ -211,6 +217,43 @@ class WorkerServer:
         if not isinstance(self._nodes, StoreRing):
             raise ValueError("this worker was started with the address of one store node: give it a ring to change it")
         self._nodes.set_nodes(nodes)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Once started."""
+        return tuple(self._info.roles)
+
+    def use_lease(self, lease: Lease) -> None:
+        """Whose epoch `stats` tells."""
+        self._lease = lease
+
+    def end_running(self, reason: str) -> None:
+        """Ends every running request with UNAVAILABLE: this worker was away, and they run elsewhere."""
+        for attempts in self._attempts():
+            attempts.end_all(reason)
+
+    async def begin_drain(self) -> None:
+        """Health goes NOT_SERVING, and gateways hear that they should send nothing more; what they send is taken."""
+        self._info.draining = True
+        await self._health.enter_graceful_shutdown()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new requests and says so; waits until the running ones, and publishing, have ended. False when
+        `timeout_s` was not enough: what still runs then is ended with UNAVAILABLE."""
+        await self.begin_drain()
+        for attempts in self._attempts():
+            attempts.draining = True
+        end = time.monotonic() + timeout_s
+        idle = [await attempts.until_idle(end - time.monotonic()) for attempts in self._attempts()]
+        prefill = self.prefill_servicer
+        while prefill is not None and prefill.num_requests and time.monotonic() < end:
+            await asyncio.sleep(_PUBLISHING_POLL_S)
+        self.end_running("the worker's time to drain is over")
+        return all(idle)
+
+    def _attempts(self) -> list[Attempts]:
+        prefill = [] if self.prefill_servicer is None else [self.prefill_servicer.attempts]
+        return prefill if self._decode is None else [self._decode[1].attempts, *prefill]
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Health goes NOT_SERVING, running requests get `grace_s`, then everything is closed."""
@@ -240,7 +283,7 @@ class WorkerServer:
 
     def stats(self) -> worker_pb2.WorkerStats:
         """What the roles of this worker are doing now."""
-        stats = worker_pb2.WorkerStats()
+        stats = worker_pb2.WorkerStats(calls=self._call_stats())
         if self.prefill_servicer is not None:
             stats.prefill.CopyFrom(self.prefill_servicer.stats())
         if self._decode is not None and self.decode_worker is not None:
@@ -280,6 +323,20 @@ class WorkerServer:
             of_requests.append(self._decode[1].metrics.registry)
         self._metrics = MetricsEndpoint(self._config.metrics, families, also=of_requests)
         self.metrics_port = await self._metrics.start()
+
+    def _call_stats(self) -> worker_pb2.CallStats:
+        attempts = self._attempts()
+        counters = [item.counters for item in attempts]
+        return worker_pb2.CallStats(
+            num_running=sum(item.num_running for item in attempts),
+            num_superseded=sum(item.num_superseded for item in counters),
+            num_stale=sum(item.num_stale for item in counters),
+            num_fenced=sum(item.num_fenced for item in counters),
+            num_refused=sum(item.num_refused for item in counters),
+            num_prefill_lost=0 if self._decode is None else self._decode[1].num_prefill_lost,
+            epoch=0 if self._lease is None else self._lease.epoch,
+            num_leases_lost=0 if self._lease is None else self._lease.num_leases_lost,
+        )
 
     def _add_prefill(self, server: grpc.aio.Server, config: PrefillConfig, info: worker_pb2.WorkerInfo) -> None:
         self.prefill_servicer = servicer = PrefillServicer(

@@ -46,6 +46,9 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kvferry.kvstore", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7700, help="0 lets the system pick one (default: %(default)s)")
+    bulk = "get records in bulk beside gRPC: a port, 0 for any, or off (default: %(default)s)"
+    parser.add_argument("--bulk-port", type=_port_or_off, default=0, help=bulk)
+    parser.add_argument("--bulk-address", metavar="HOST:PORT", help="what clients connect to, where it is another one")
     parser.add_argument("--memory", type=_size, help="memory tier (default: 1GiB, with --redis alone none)")
     parser.add_argument("--disk", type=Path, metavar="FOLDER", help="disk tier: keep records under this folder")
     parser.add_argument("--disk-bytes", type=_size, help="capacity of the disk tier, e.g. 20GiB")
@@ -126,6 +129,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
     config = NodeConfig(
         host=arguments.host,
         port=arguments.port,
+        bulk_port=None if arguments.bulk_port == OFF else arguments.bulk_port,
+        bulk_address=arguments.bulk_address,
         max_record_bytes=arguments.max_record,
         max_staged_bytes=max(NodeConfig.max_staged_bytes, arguments.max_record),
         metrics=_metrics_place(arguments),
@@ -138,7 +143,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stopping.set)
     server = KVStoreServer(backend, config)
     await server.start()
-    _log.info("serving on %s, backend %s, capacity %s", server.address, store.tier_names, _capacity(store))
+    bulk = "off" if server.bulk is None else server.bulk.port
+    where = (server.address, store.tier_names, _capacity(store), bulk)
+    _log.info("serving on %s, backend %s, capacity %s, bulk port %s", *where)
     await stopping.wait()
     _log.info("draining for at most %s s", arguments.grace)
     await server.stop(arguments.grace)

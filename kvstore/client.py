@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +14,9 @@ import grpc.aio
 
 from kvferry.kvstore.breaker import Breaker, BreakerState
 from kvferry.kvstore.client_channel import store_channel_options, translate
-from kvferry.kvstore.codec import Buffer, Record, decode_record
+from kvferry.kvstore.client_counters import ClientCounters
+from kvferry.kvstore.client_get import RecordGetter
+from kvferry.kvstore.codec import Record
 from kvferry.kvstore.config import DEFAULT_MAX_KEYS, FRAME_BYTES, ClientConfig
 from kvferry.kvstore.errors import (
     BlockCorrupt,
@@ -26,7 +26,7 @@ from kvferry.kvstore.errors import (
     StoreFull,
     StoreUnavailable,
 )
-from kvferry.kvstore.frames import encode_put_chunk, parse_get_frame
+from kvferry.kvstore.frames import encode_put_chunk
 from kvferry.kvstore.interceptor import SERVICE_NAME
 from kvferry.kvstore.key import KEY_BYTES
 from kvferry.kvstore.node_answers import (
@@ -38,8 +38,7 @@ from kvferry.kvstore.node_answers import (
     put_many_frames,
     put_many_outcome,
 )
-from kvferry.kvstore.record_reader import RecordReader
-from kvferry.kvstore.verifier import Verifier
+from kvferry.kvstore.record_reader import Reader
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto import kvstore_pb2_grpc
 from kvferry.proto.request_id import request_id_metadata
@@ -51,18 +50,6 @@ class LookupResult(NamedTuple):
     num_contiguous: int  # blocks, from the first key on
     lease_id: int  # 0: nothing is leased
     lease_s: float  # granted, counted from the node's answer
-
-
-@dataclass
-class ClientCounters:
-    """What this client did since it was made."""
-
-    bytes_read: int = 0  # of verified records
-    bytes_written: int = 0  # of stored records
-    failures: int = 0  # calls that the store did not answer
-    refused: int = 0  # calls that the open breaker refused
-    not_found: int = 0
-    corrupt: int = 0
 
 
 class StoreClient:
@@ -96,16 +83,12 @@ class StoreClient:
                 config.address, credentials, options=options, interceptors=list(interceptors)
             )
         self._stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
-        # With codecs of their own; see frames.py.
-        self._get = self._channel.unary_stream(
-            f"/{SERVICE_NAME}/Get",
-            request_serializer=pb.GetRequest.SerializeToString,
-            response_deserializer=parse_get_frame,
-        )
+        # The bulk port speaks plain text: beside an encrypted channel it is not used.
+        self._getter = RecordGetter(self._channel, config, self.counters, can_use_bulk=credentials is None)
+        # With a codec of its own; see frames.py.
         self._put = self._channel.stream_unary(
             f"/{SERVICE_NAME}/Put", request_serializer=bytes, response_deserializer=pb.PutReply.FromString
         )
-        self._verifier = Verifier()
         self._prober: asyncio.Task[None] | None = None
 
     @property
@@ -155,15 +138,16 @@ class StoreClient:
         to delete it, StoreUnavailable when no bytes come for `progress_timeout_s`. Close the
         iterator (contextlib.aclosing) when leaving it early.
         """
-        request = pb.GetRequest(keys=_checked_keys(keys), lease_id=lease_id)
+        keys = _checked_keys(keys)
         timeout = self._config.get_timeout_s if timeout_s is None else timeout_s
-        reader = None
+        reader: Reader | None = None
         try:
             for index, key in enumerate(keys):
                 with self._answering():
                     if reader is None:
-                        call = self._get(request, timeout=timeout, metadata=request_id_metadata())
-                        reader = self._read(call, keys, namespace)
+                        reader = await self._getter.begin(
+                            keys, namespace=namespace, lease_id=lease_id, timeout_s=timeout
+                        )
                     num_bytes, check = await reader.next()
                 try:
                     record = await check
@@ -283,7 +267,7 @@ class StoreClient:
             self._prober.cancel()
             await asyncio.gather(self._prober, return_exceptions=True)
         await self._channel.close()
-        self._verifier.close()
+        self._getter.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -342,25 +326,6 @@ class StoreClient:
                 self._breaker.record_failure()
             else:
                 self._breaker.record_success()
-
-    def _read(self, call: Any, keys: Sequence[bytes], namespace: bytes) -> RecordReader:
-        def check(buffer: Buffer, key: bytes) -> Awaitable[Record]:
-            decode = partial(
-                decode_record,
-                buffer,
-                expected_key=key,
-                expected_namespace=namespace,
-                max_record_bytes=self._config.max_record_bytes,
-            )
-            return self._verifier.run(len(buffer), decode)
-
-        return RecordReader(
-            call,
-            keys,
-            check,
-            max_record_bytes=self._config.max_record_bytes,
-            progress_timeout_s=self._config.progress_timeout_s,
-        )
 
     async def _put_one(self, key: bytes, record: bytes, timeout_s: float) -> PutManyOutcome:
         try:

@@ -25,8 +25,9 @@ from prometheus_client.exposition import MetricsHandler
 
 _log = logging.getLogger(__name__)
 
-PREFIX = "kvferry:"
-"""Of every metric: kvferry:time_to_first_token_seconds where vLLM says vllm:time_to_first_token_seconds."""
+PREFIX = "kvferry_"
+"""Of every metric: kvferry_time_to_first_token_seconds where vLLM says vllm:time_to_first_token_seconds. A colon is
+kept in one text format and becomes an underscore in another: the name would depend on who asks."""
 SNAPSHOT_TIMEOUT_S = 2.0
 """How long a scrape waits for the event loop; then it is answered with 503."""
 MAX_SCRAPES = 4
@@ -93,8 +94,13 @@ class MetricsEndpoint:
             server.server_close()
 
 
+class _LoopBusy(Exception):
+    pass
+
+
 class _Joined:
-    """All of them as one. A worker with two roles tells some metrics twice, with other labels: one family each."""
+    """All of them as one, without the times at which counters began: those would double the series. A worker with two
+    roles tells some metrics twice, with other labels: one family each."""
 
     def __init__(self, collectors: Sequence[Collects]) -> None:
         self._collectors = tuple(collectors)
@@ -104,7 +110,7 @@ class _Joined:
         for collector in self._collectors:
             for family in collector.collect():
                 joined = by_name.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                joined.samples += family.samples
+                joined.samples += [sample for sample in family.samples if not sample.name.endswith("_created")]
         return by_name.values()
 
 
@@ -122,6 +128,8 @@ class _OnLoop:
         reading = asyncio.run_coroutine_threadsafe(read(), self._loop)
         try:
             return reading.result(SNAPSHOT_TIMEOUT_S)
+        except TimeoutError:  # an OSError, which would look like a client that is gone
+            raise _LoopBusy("the event loop did not answer in time") from None
         finally:
             reading.cancel()
 

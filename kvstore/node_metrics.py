@@ -9,7 +9,7 @@ from prometheus_client.core import Metric
 from kvferry.kvstore.backend import Backend, BackendStats
 from kvferry.kvstore.errors import StoreUnavailable
 from kvferry.kvstore.metric_families import Described, counter, counters, gauge
-from kvferry.kvstore.node import NodeCounters
+from kvferry.kvstore.node_counters import NodeCounters
 
 NODE_COUNTERS = {
     "lookups": Described("store_lookups", "Look-ups of chains."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvferry.kvstore.backend import Backend
+from kvferry.kvstore.bulk_server import BulkServer
 from kvferry.kvstore.config import MAX_MESSAGE_BYTES, NodeConfig
 from kvferry.kvstore.interceptor import SERVICE_NAME, ErrorInterceptor
 from kvferry.kvstore.metrics_endpoint import MetricsEndpoint
-from kvferry.kvstore.node import KVStoreNode, NodeCounters
+from kvferry.kvstore.node import KVStoreNode
+from kvferry.kvstore.node_counters import NodeCounters
 from kvferry.kvstore.node_metrics import node_families
 from kvferry.proto import kvstore_pb2_grpc
 from kvferry.proto.grpc_options import Options, server_options
@@ -25,7 +28,7 @@ class KVStoreServer:
     """Serves `backend` until `stop`, which also closes it. Start it once, on one event loop.
 
     `interceptors` run before the store's own (authentication belongs there). Without
-    `credentials` the port speaks plain text.
+    `credentials` the port speaks plain text. With them no bulk port is offered: it would be plain text still.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class KVStoreServer:
         self._interceptors = tuple(interceptors)
         self._credentials = credentials
         self._node = KVStoreNode(backend, self._config)
+        has_bulk = self._config.bulk_port is not None and credentials is None
+        self._bulk = BulkServer(self._node.records, self._node.counters, self._config) if has_bulk else None
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._port = 0
@@ -52,6 +57,11 @@ class KVStoreServer:
     def address(self) -> str:
         """host:port that clients use, once started."""
         return _join_address(self._config.host, self._port)
+
+    @property
+    def bulk(self) -> BulkServer | None:
+        """The bulk port; None where none is offered."""
+        return self._bulk
 
     @property
     def counters(self) -> NodeCounters:
@@ -88,17 +98,29 @@ class KVStoreServer:
                 self._config.metrics, lambda: node_families(self.counters, self.staged_bytes, self._backend)
             )
             self.metrics_port = await self._metrics.start()
+        if self._bulk is not None:
+            try:
+                await self._bulk.start()
+            except OSError:
+                await server.stop(0)
+                raise
+            self._node.offer_bulk(self._bulk)
         await server.start()
         self._server = server
         for name in _HEALTH_NAMES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return self._port
 
+    async def begin_drain(self) -> None:
+        """Health goes NOT_SERVING; calls are still served."""
+        await self._health.enter_graceful_shutdown()
+
     async def stop(self, grace_s: float = 5.0) -> None:
         """Health goes NOT_SERVING, running calls get `grace_s`, then all is closed."""
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
-            await self._server.stop(grace_s)
+            bulk = [] if self._bulk is None else [self._bulk.stop(grace_s)]
+            await asyncio.gather(self._server.stop(grace_s), *bulk)
             self._server = None
         if self._metrics is not None:
             await self._metrics.stop()

@@ -58,6 +58,9 @@ class PrefillMetrics:
                 ("kv_transfer_bf16_bytes", "What these crossings would have been with 16-bit K and V."),
             )
         )
+        for path in ("store_read", "store_write"):  # so that a rate has a first value
+            for moved in (self._bytes, self._bf16_bytes):
+                moved.labels(**self._labels, role=ROLE, path=path)
         self._fetch_seconds = self._histogram("kv_transfer_seconds", "Time of a request's fetch from the store.")
         self._queue = self._histogram("prefill_queue_seconds", "Time from a request's arrival to its first pass.")
         self._compute = self._histogram("prefill_compute_seconds", "Time of a request's passes.")

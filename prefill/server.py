@@ -23,6 +23,7 @@ from kvferry.prefill.metrics import PrefillMetrics
 from kvferry.prefill.pieces import Piece, PieceQueue, Seal
 from kvferry.prefill.session import BlockReady, Event, HandoffReady, PrefillSession, PrefillUsage
 from kvferry.proto import worker_pb2, worker_pb2_grpc
+from kvferry.proto.attempts import Attempts, CallEnded
 from kvferry.proto.request_id import bind_request_id
 from kvferry.proto.trailing_metadata import RETRY_AFTER_KEY
 
@@ -63,6 +64,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         self._info = info
         self._config = config
         self._running: dict[asyncio.Task[None], Held] = {}
+        self.attempts = Attempts()
+        """The calls that run here; publishing may go on after them."""
         self.fetch_policy: FetchPolicy = FETCH_POLICIES[config.fetch]()
         """Decides for every request whether its cached blocks are fetched."""
         self.metrics = PrefillMetrics(info.model_name)
@@ -122,7 +125,14 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
     ) -> None:
         start = await self._read_start(context)
         bind_request_id(start.request_id)
-        await self._check(start, context)
+        try:
+            with self.attempts.running(start.tenant, start.request_id, start.attempt):
+                await self._check(start, context)
+                await self._run(start, context)
+        except CallEnded as error:
+            await context.abort(error.code, str(error), trailing_metadata=error.metadata)
+
+    async def _run(self, start: worker_pb2.PrefillStart, context: Context) -> None:
         try:
             await self._serve(start, context)
         except TimeoutError:

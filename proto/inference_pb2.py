@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvferry/proto/inference.proto\x12\x14kvferry.inference.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"C\n\x0c\x43hatMessages\x12\x33\n\x08messages\x18\x01 \x03(\x0b\x32!.kvferry.inference.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xfb\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".kvferry.inference.v1.ChatMessagesH\x00\x12\x33\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x1e.kvferry.inference.v1.TokenIdsH\x00\x12\x30\n\x08sampling\x18\x06 \x01(\x0b\x32\x1e.kvferry.inference.v1.Sampling\x12\x10\n\x08priority\x18\x07 \x01(\x05\x42\x08\n\x06prompt\"\xac\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\x0c\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_ignore_eosB\x0f\n\r_top_logprobsB\r\n\x0b_min_tokensB\x04\n\x02_n\":\n\x07Logprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"j\n\rTokenLogprobs\x12-\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1d.kvferry.inference.v1.Logprob\x12*\n\x03top\x18\x02 \x03(\x0b\x32\x1d.kvferry.inference.v1.Logprob\"\xc9\x01\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x35\n\x08logprobs\x18\x04 \x03(\x0b\x32#.kvferry.inference.v1.TokenLogprobs\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12*\n\x05usage\x18\x06 \x01(\x0b\x32\x1b.kvferry.inference.v1.Usage\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\r\"\x90\x02\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x14\n\x0cttft_seconds\x18\x04 \x01(\x01\x12\x13\n\x0b\x65\x32\x65_seconds\x18\x05 \x01(\x01\x12\x16\n\x0ekv_bytes_moved\x18\x06 \x01(\x04\x12\x15\n\rkv_bytes_bf16\x18\x07 \x01(\x04\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x1f\n\x17prefill_compute_seconds\x18\t \x01(\x01\x12\x1b\n\x13store_fetch_seconds\x18\n \x01(\x01\x12\x18\n\x10transfer_seconds\x18\x0b \x01(\x01\"\xb1\x01\n\x0bWarmRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".kvferry.inference.v1.ChatMessagesH\x00\x12\x33\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x1e.kvferry.inference.v1.TokenIdsH\x00\x12\x10\n\x08priority\x18\x07 \x01(\x05\x42\x08\n\x06prompt\"f\n\tWarmReply\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x15\n\rstored_tokens\x18\x04 \x01(\r\"\xa6\x01\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x03 \x01(\x0b\x32\".kvferry.inference.v1.ChatMessagesH\x00\x12\x33\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1e.kvferry.inference.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"9\n\x10\x43ountTokensReply\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\">\n\x0fListModelsReply\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.kvferry.inference.v1.Model\"S\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x16\n\x0e\x65\x66\x66\x65\x63tive_bits\x18\x03 \x01(\x01\x12\x0f\n\x07kernels\x18\x04 \x01(\t2\xf0\x02\n\tInference\x12X\n\x08Generate\x12%.kvferry.inference.v1.GenerateRequest\x1a#.kvferry.inference.v1.GenerateChunk0\x01\x12J\n\x04Warm\x12!.kvferry.inference.v1.WarmRequest\x1a\x1f.kvferry.inference.v1.WarmReply\x12_\n\x0b\x43ountTokens\x12(.kvferry.inference.v1.CountTokensRequest\x1a&.kvferry.inference.v1.CountTokensReply\x12\\\n\nListModels\x12\'.kvferry.inference.v1.ListModelsRequest\x1a%.kvferry.inference.v1.ListModelsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dkvferry/proto/inference.proto\x12\x14kvferry.inference.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"C\n\x0c\x43hatMessages\x12\x33\n\x08messages\x18\x01 \x03(\x0b\x32!.kvferry.inference.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xbe\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".kvferry.inference.v1.ChatMessagesH\x00\x12\x33\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x1e.kvferry.inference.v1.TokenIdsH\x00\x12\x30\n\x08sampling\x18\x06 \x01(\x0b\x32\x1e.kvferry.inference.v1.Sampling\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18( \x01(\x04\x12\x30\n\x08received\x18) \x03(\x0b\x32\x1e.kvferry.inference.v1.ReceivedB\x08\n\x06prompt\".\n\x08Received\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\xac\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\x0c\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_ignore_eosB\x0f\n\r_top_logprobsB\r\n\x0b_min_tokensB\x04\n\x02_n\":\n\x07Logprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"j\n\rTokenLogprobs\x12-\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1d.kvferry.inference.v1.Logprob\x12*\n\x03top\x18\x02 \x03(\x0b\x32\x1d.kvferry.inference.v1.Logprob\"\xeb\x01\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x35\n\x08logprobs\x18\x04 \x03(\x0b\x32#.kvferry.inference.v1.TokenLogprobs\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12*\n\x05usage\x18\x06 \x01(\x0b\x32\x1b.kvferry.inference.v1.Usage\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\r\x12\x12\n\nrequest_id\x18( \x01(\t\x12\x0c\n\x04seed\x18) \x01(\x04\"\x90\x02\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x14\n\x0cttft_seconds\x18\x04 \x01(\x01\x12\x13\n\x0b\x65\x32\x65_seconds\x18\x05 \x01(\x01\x12\x16\n\x0ekv_bytes_moved\x18\x06 \x01(\x04\x12\x15\n\rkv_bytes_bf16\x18\x07 \x01(\x04\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x1f\n\x17prefill_compute_seconds\x18\t \x01(\x01\x12\x1b\n\x13store_fetch_seconds\x18\n \x01(\x01\x12\x18\n\x10transfer_seconds\x18\x0b \x01(\x01\"\xb1\x01\n\x0bWarmRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".kvferry.inference.v1.ChatMessagesH\x00\x12\x33\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x1e.kvferry.inference.v1.TokenIdsH\x00\x12\x10\n\x08priority\x18\x07 \x01(\x05\x42\x08\n\x06prompt\"f\n\tWarmReply\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x15\n\rstored_tokens\x18\x04 \x01(\r\"\xa6\x01\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x03 \x01(\x0b\x32\".kvferry.inference.v1.ChatMessagesH\x00\x12\x33\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x1e.kvferry.inference.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"9\n\x10\x43ountTokensReply\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\">\n\x0fListModelsReply\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.kvferry.inference.v1.Model\"S\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x16\n\x0e\x65\x66\x66\x65\x63tive_bits\x18\x03 \x01(\x01\x12\x0f\n\x07kernels\x18\x04 \x01(\t2\xf0\x02\n\tInference\x12X\n\x08Generate\x12%.kvferry.inference.v1.GenerateRequest\x1a#.kvferry.inference.v1.GenerateChunk0\x01\x12J\n\x04Warm\x12!.kvferry.inference.v1.WarmRequest\x1a\x1f.kvferry.inference.v1.WarmReply\x12_\n\x0b\x43ountTokens\x12(.kvferry.inference.v1.CountTokensRequest\x1a&.kvferry.inference.v1.CountTokensReply\x12\\\n\nListModels\x12\'.kvferry.inference.v1.ListModelsRequest\x1a%.kvferry.inference.v1.ListModelsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,31 +38,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=170
   _globals['_TOKENIDS']._serialized_end=193
   _globals['_GENERATEREQUEST']._serialized_start=196
-  _globals['_GENERATEREQUEST']._serialized_end=447
-  _globals['_SAMPLING']._serialized_start=450
-  _globals['_SAMPLING']._serialized_end=1006
-  _globals['_LOGPROB']._serialized_start=1008
-  _globals['_LOGPROB']._serialized_end=1066
-  _globals['_TOKENLOGPROBS']._serialized_start=1068
-  _globals['_TOKENLOGPROBS']._serialized_end=1174
-  _globals['_GENERATECHUNK']._serialized_start=1177
-  _globals['_GENERATECHUNK']._serialized_end=1378
-  _globals['_USAGE']._serialized_start=1381
-  _globals['_USAGE']._serialized_end=1653
-  _globals['_WARMREQUEST']._serialized_start=1656
-  _globals['_WARMREQUEST']._serialized_end=1833
-  _globals['_WARMREPLY']._serialized_start=1835
-  _globals['_WARMREPLY']._serialized_end=1937
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=1940
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=2106
-  _globals['_COUNTTOKENSREPLY']._serialized_start=2108
-  _globals['_COUNTTOKENSREPLY']._serialized_end=2165
-  _globals['_LISTMODELSREQUEST']._serialized_start=2167
-  _globals['_LISTMODELSREQUEST']._serialized_end=2186
-  _globals['_LISTMODELSREPLY']._serialized_start=2188
-  _globals['_LISTMODELSREPLY']._serialized_end=2250
-  _globals['_MODEL']._serialized_start=2252
-  _globals['_MODEL']._serialized_end=2335
-  _globals['_INFERENCE']._serialized_start=2338
-  _globals['_INFERENCE']._serialized_end=2706
+  _globals['_GENERATEREQUEST']._serialized_end=514
+  _globals['_RECEIVED']._serialized_start=516
+  _globals['_RECEIVED']._serialized_end=562
+  _globals['_SAMPLING']._serialized_start=565
+  _globals['_SAMPLING']._serialized_end=1121
+  _globals['_LOGPROB']._serialized_start=1123
+  _globals['_LOGPROB']._serialized_end=1181
+  _globals['_TOKENLOGPROBS']._serialized_start=1183
+  _globals['_TOKENLOGPROBS']._serialized_end=1289
+  _globals['_GENERATECHUNK']._serialized_start=1292
+  _globals['_GENERATECHUNK']._serialized_end=1527
+  _globals['_USAGE']._serialized_start=1530
+  _globals['_USAGE']._serialized_end=1802
+  _globals['_WARMREQUEST']._serialized_start=1805
+  _globals['_WARMREQUEST']._serialized_end=1982
+  _globals['_WARMREPLY']._serialized_start=1984
+  _globals['_WARMREPLY']._serialized_end=2086
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=2089
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=2255
+  _globals['_COUNTTOKENSREPLY']._serialized_start=2257
+  _globals['_COUNTTOKENSREPLY']._serialized_end=2314
+  _globals['_LISTMODELSREQUEST']._serialized_start=2316
+  _globals['_LISTMODELSREQUEST']._serialized_end=2335
+  _globals['_LISTMODELSREPLY']._serialized_start=2337
+  _globals['_LISTMODELSREPLY']._serialized_end=2399
+  _globals['_MODEL']._serialized_start=2401
+  _globals['_MODEL']._serialized_end=2484
+  _globals['_INFERENCE']._serialized_start=2487
+  _globals['_INFERENCE']._serialized_end=2855
 # @@protoc_insertion_point(module_scope)

@@ -59,25 +59,78 @@ class WorkerStats(_message.Message):
 
     DECODE_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def decode(self) -> Global___DecodeStats:
         """unset without the role"""
 
     @_builtins.property
     def prefill(self) -> Global___PrefillStats: ...
+    @_builtins.property
+    def calls(self) -> Global___CallStats: ...
     def __init__(
         self,
         *,
         decode: Global___DecodeStats | None = ...,
         prefill: Global___PrefillStats | None = ...,
+        calls: Global___CallStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStats: _TypeAlias = WorkerStats  # noqa: Y015
+
+@_typing.final
+class CallStats(_message.Message):
+    """Of all roles together; counts since the start, where not said otherwise."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    NUM_SUPERSEDED_FIELD_NUMBER: _builtins.int
+    NUM_STALE_FIELD_NUMBER: _builtins.int
+    NUM_FENCED_FIELD_NUMBER: _builtins.int
+    NUM_REFUSED_FIELD_NUMBER: _builtins.int
+    NUM_PREFILL_LOST_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    NUM_LEASES_LOST_FIELD_NUMBER: _builtins.int
+    num_running: _builtins.int
+    """now"""
+    num_superseded: _builtins.int
+    """ended by a newer attempt at the same request"""
+    num_stale: _builtins.int
+    """refused because a newer attempt was known"""
+    num_fenced: _builtins.int
+    """ended because this worker had lost its lease, or its time to drain was over"""
+    num_refused: _builtins.int
+    """while draining"""
+    num_prefill_lost: _builtins.int
+    """decode: prefill workers given up while a request waited for them"""
+    epoch: _builtins.int
+    """of the lease in the directory; 0: none"""
+    num_leases_lost: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_running: _builtins.int = ...,
+        num_superseded: _builtins.int = ...,
+        num_stale: _builtins.int = ...,
+        num_fenced: _builtins.int = ...,
+        num_refused: _builtins.int = ...,
+        num_prefill_lost: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        num_leases_lost: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "num_fenced", b"num_fenced", "num_leases_lost", b"num_leases_lost", "num_prefill_lost", b"num_prefill_lost", "num_refused", b"num_refused", "num_running", b"num_running", "num_stale", b"num_stale", "num_superseded", b"num_superseded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CallStats: _TypeAlias = CallStats  # noqa: Y015
 
 @_typing.final
 class DecodeStats(_message.Message):
@@ -290,6 +343,7 @@ class WorkerInfo(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
     EFFECTIVE_BITS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     model_path: _builtins.str
     """where the worker loaded the model from"""
@@ -307,6 +361,8 @@ class WorkerInfo(_message.Message):
     """which implementation of attention and quantization runs"""
     effective_bits: _builtins.float
     """bits a value at 4,096 tokens, everything counted"""
+    draining: _builtins.bool
+    """takes no new requests"""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"prefill", "decode" """
@@ -328,10 +384,11 @@ class WorkerInfo(_message.Message):
         device: _builtins.str = ...,
         kernels: _builtins.str = ...,
         effective_bits: _builtins.float = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "device", b"device", "effective_bits", b"effective_bits", "identity", b"identity", "kernels", b"kernels", "kv_bytes_per_token_bf16", b"kv_bytes_per_token_bf16", "max_model_len", b"max_model_len", "model_name", b"model_name", "model_path", b"model_path", "pool_blocks", b"pool_blocks", "roles", b"roles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "device", b"device", "draining", b"draining", "effective_bits", b"effective_bits", "identity", b"identity", "kernels", b"kernels", "kv_bytes_per_token_bf16", b"kv_bytes_per_token_bf16", "max_model_len", b"max_model_len", "model_name", b"model_name", "model_path", b"model_path", "pool_blocks", b"pool_blocks", "roles", b"roles"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -446,6 +503,7 @@ class PrefillStart(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     WARM_FIELD_NUMBER: _builtins.int
     PIECES_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     tenant: _builtins.str
     """cache namespace"""
@@ -453,6 +511,8 @@ class PrefillStart(_message.Message):
     """lower goes first"""
     warm: _builtins.bool
     """only publish the complete blocks: no tail, no first token, computed when nothing else waits"""
+    attempt: _builtins.int
+    """see DecodeRequest"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -476,10 +536,11 @@ class PrefillStart(_message.Message):
         priority: _builtins.int = ...,
         warm: _builtins.bool = ...,
         pieces: Global___PieceRequest | None = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "pieces", b"pieces", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "pieces", b"pieces", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids", "warm", b"warm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "identity", b"identity", "pieces", b"pieces", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -810,6 +871,7 @@ class DecodeRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     PREFILL_ADDRESS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     PREFILL_IDENTITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     tenant: _builtins.str
@@ -817,6 +879,8 @@ class DecodeRequest(_message.Message):
     """host:port of the prefill worker; empty: the worker prefills by itself"""
     priority: _builtins.int
     """lower goes first; under pressure the highest is swapped out first"""
+    attempt: _builtins.int
+    """greater than every attempt at this request before it, which it ends; 0: not fenced"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -834,11 +898,12 @@ class DecodeRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         prefill_address: _builtins.str = ...,
         priority: _builtins.int = ...,
+        attempt: _builtins.int = ...,
         prefill_identity: Global___ModelIdentity | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_identity", b"prefill_identity", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefill_address", b"prefill_address", "prefill_identity", b"prefill_identity", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "prefill_address", b"prefill_address", "prefill_identity", b"prefill_identity", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -877,6 +942,7 @@ class TokenChunk(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """position in the answer, from 0"""
     token_id: _builtins.int
@@ -886,6 +952,8 @@ class TokenChunk(_message.Message):
     """"", "stop" or "length"; set on the last chunk"""
     choice: _builtins.int
     """which of the `n` answers; each has indexes of its own"""
+    attempt: _builtins.int
+    """the request's; 0: not told"""
     @_builtins.property
     def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]: ...
     @_builtins.property
@@ -902,10 +970,11 @@ class TokenChunk(_message.Message):
         finish_reason: _builtins.str = ...,
         usage: Global___DecodeUsage | None = ...,
         choice: _builtins.int = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finish_reason", b"finish_reason", "index", b"index", "logprob", b"logprob", "token_id", b"token_id", "top_logprobs", b"top_logprobs", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "finish_reason", b"finish_reason", "index", b"index", "logprob", b"logprob", "token_id", b"token_id", "top_logprobs", b"top_logprobs", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -240,9 +240,9 @@ async def make_store() -> AsyncIterator[Callable[..., Any]]:
     """Starts a KV store node on a loopback socket: `await make_store(capacity_bytes=...)`."""
     servers: list[KVStoreServer] = []
 
-    async def start(capacity_bytes: int = 2**28) -> Store:
+    async def start(capacity_bytes: int = 2**28, bulk_port: int | None = 0) -> Store:
         backend = MemoryBackend(capacity_bytes=capacity_bytes)
-        server = KVStoreServer(backend, NodeConfig())
+        server = KVStoreServer(backend, NodeConfig(bulk_port=bulk_port))
         await server.start()
         servers.append(server)
         return Store(server.address, backend)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from kvferry.deploy.app import make_gateway
+from kvferry.deploy.assembly import make_gateway
 from kvferry.deploy.bench_router.results import PolicyRound, TokenSources
 from kvferry.deploy.bench_serve.arrivals import arrival_times
 from kvferry.deploy.bench_serve.run import run
@@ -51,12 +51,12 @@ class RouterPlan:
     block_size: int | None = None
     num_prefill: int = 3
     num_decode: int = 2
-    num_documents: int = 6
-    num_requests: int = 24
-    document_tokens: int = 512
+    num_documents: int = 5
+    num_requests: int = 30
+    document_tokens: int = 1024
     question_tokens: int = 24
     output_tokens: int = 4
-    request_rate: float = 1.0
+    request_rate: float = 1.5
     rounds: int = 3
     seed: int = 0
     store: bool = True

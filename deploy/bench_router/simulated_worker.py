@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from kvferry.deploy.routing.cost import Speeds
 from kvferry.proto import worker_pb2
 
-
 ASSUMED = Speeds(
     token_s=1 / 10_000,
     context_token_s=1 / 10_000 / 100_000,

@@ -144,9 +144,10 @@ class _Simulation:
 
     def _poll(self, gateway: _Gateway) -> None:
         now = self._clock.now
-        for states, workers in ((gateway.prefills, self._prefills), (gateway.decodes, self._decodes)):
-            for state, worker in zip(states, workers, strict=True):
-                state.load.heard(worker.stats(now), asked_at=now)
+        for state, prefill in zip(gateway.prefills, self._prefills, strict=True):
+            state.load.heard(prefill.stats(now), asked_at=now)
+        for state, decode in zip(gateway.decodes, self._decodes, strict=True):
+            state.load.heard(decode.stats(now), asked_at=now)
         if now < self._last_s:
             self._clock.at(now + POLL_S, lambda: self._poll(gateway))
 

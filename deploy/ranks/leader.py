@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from kvferry.deploy.model_config import ModelConfig, resolve_device
+from kvferry.deploy.models import find_model
 from kvferry.deploy.rank_model import RankModel
 from kvferry.deploy.ranks.collectives import ProcessGroup
 from kvferry.deploy.ranks.errors import RanksLost
 from kvferry.deploy.ranks.followers import Followers, visible_devices
+from kvferry.deploy.ranks.shard_model import check_group_size
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ class RankGroup:
         """
         size = config.tensor_parallel
         device = resolve_device(config.device)
+        check_group_size(AutoConfig.from_pretrained(find_model(config.model).path), size)
         self._on_lost = on_lost
         self._started = False
         self._turn = threading.Lock()

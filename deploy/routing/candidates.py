@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 from kvferry.deploy.routing.worker_state import WorkerState
@@ -23,6 +24,10 @@ class Group(Generic[W]):
 
     decodes: tuple[W, ...]
     prefills: tuple[W, ...]
+
+    @cached_property
+    def by_address(self) -> dict[str, W]:
+        return {worker.address: worker for worker in (*self.decodes, *self.prefills)}
 
 
 class Candidates(Generic[W]):

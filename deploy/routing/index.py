@@ -63,6 +63,7 @@ class PrefixIndex:
         self._half_ttl_s = ttl_s / 2
         self._entries: OrderedDict[bytes, list[int]] = OrderedDict()  # [generation, places in it, places before it]
         self._slots: dict[str, int] = {}
+        self._places: dict[int, str] = {}
         self._free: list[tuple[float, int]] = []  # (since when, slot)
         self._num_slots = 1
 
@@ -86,12 +87,18 @@ class PrefixIndex:
                 slot = self._num_slots
                 self._num_slots += 1
             self._slots[place] = slot
+            self._places[slot] = place
         return slot
+
+    def place(self, slot: int) -> str:
+        """The worker's place with this number; empty for one that is forgotten, and for the store."""
+        return self._places.get(slot, "")
 
     def forget_place(self, place: str, now: float) -> None:
         """The worker is gone, and what it held; one that comes back begins with nothing."""
         slot = self._slots.pop(place, None)
         if slot is not None:
+            del self._places[slot]
             self._free.append((now, slot))
 
     def record(self, keys: Sequence[bytes], slots: Sequence[int], now: float) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from kvferry.deploy.routing.cost import PrefillCost
@@ -47,22 +49,35 @@ class RunningPrompts:
 
     def __init__(self) -> None:
         self._by_address: dict[str, list[Placed]] = {}
+        self._by_first: dict[bytes, Counter[str]] = {}  # first block: workers, and how many prompts there
 
     def __len__(self) -> int:
         return sum(map(len, self._by_address.values()))
 
-    def addresses(self) -> Collection[str]:
-        return self._by_address.keys()
+    def addresses(self, keys: Sequence[bytes], limit: int) -> list[str]:
+        """Workers with a running prompt that begins with the same block; at most `limit`."""
+        return list(islice(self._by_first.get(keys[0], ()), limit)) if keys else []
 
     def add(self, placed: Placed, now: float) -> None:
         placed.due_at = now + placed.cost.latency_s
-        self._by_address.setdefault(placed.prefill.address, []).append(placed)
+        address = placed.prefill.address
+        self._by_address.setdefault(address, []).append(placed)
+        if placed.keys:
+            self._by_first.setdefault(placed.keys[0], Counter())[address] += 1
 
     def remove(self, placed: Placed) -> None:
-        running = self._by_address[placed.prefill.address]
+        address = placed.prefill.address
+        running = self._by_address[address]
         running.remove(placed)
         if not running:
-            del self._by_address[placed.prefill.address]
+            del self._by_address[address]
+        if placed.keys:
+            alike = self._by_first[placed.keys[0]]
+            alike[address] -= 1
+            if not alike[address]:
+                del alike[address]
+            if not alike:
+                del self._by_first[placed.keys[0]]
 
     def shared(self, address: str, keys: Sequence[bytes], now: float) -> tuple[int, float]:
         """(blocks from the start that a prompt which is running there has or computes, seconds until it has them)"""

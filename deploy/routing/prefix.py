@@ -35,11 +35,11 @@ from kvferry.proto import worker_pb2
 
 W = TypeVar("W", bound=WorkerState)
 
-MAX_EXAMINED = 64
+MAX_EXAMINED = 32
 """Workers of a role that are compared with each other; of more than so many ..."""
-NUM_HOLDERS = 16
-"""... those that hold the most of the prompt, and ..."""
-NUM_DRAWN = 16
+NUM_HOLDERS = 8
+"""... those that hold the most of the prompt, those that compute one like it, and ..."""
+NUM_DRAWN = 8
 """... some drawn at random: gateways that do not know each other then choose different ones."""
 NEARLY_SHARE, NEARLY_S = 0.2, 0.001
 """Costs so near to the lowest one are equal, because measured speeds of equal workers differ by as much: of these, the
@@ -93,28 +93,36 @@ class PrefixRouter:
         )
         held = self.index.find(keys[: prompt.num_blocks], now)
         alone = not group.prefills
-        prefills = self._shortlist(group.decodes if alone else group.prefills, held, "prefill", now)
+        prefills = self._shortlist(group, "prefill", held, keys)
         speeds = _known_speeds(prefills)
         costs = [self._prefill_cost(worker, prompt, keys, held, speeds, now) for worker in prefills]
+        mean_s = self._prefill_work.mean(now)
+        recent_s = self._prefill_work.of((worker.address for worker in prefills), now)
         totals = [
             cost.total_s
             + balance_cost(
-                self._prefill_work.of(worker.address, now),
+                recent,
                 cost.work_s,
-                mean_s=self._prefill_work.mean(now),
+                mean_s=mean_s,
                 slack_s=FREE_PROMPTS * (worker.load.speeds or speeds).compute_s(0, num_tokens),
             )
-            for worker, cost in zip(prefills, costs, strict=True)
+            for worker, cost, recent in zip(prefills, costs, recent_s, strict=True)
         ]
-        decodes = prefills if alone else self._shortlist(group.decodes, held, "decode", now)
-        decode_totals = [self._decode_cost(worker, prompt, held, speeds, request, now) for worker in decodes]
+        decodes = prefills if alone else self._shortlist(group, "decode", held, keys)
+        answers_s = self._decode_work.of((worker.address for worker in decodes), now)
+        mean_s = self._decode_work.mean(now)
+        decode_totals = [
+            self._decode_cost(worker, prompt, held, speeds, request, now)
+            + _answer_balance(answer_cost(_step_s(worker, now), request.max_tokens), recent, mean_s)
+            for worker, recent in zip(decodes, answers_s, strict=True)
+        ]
         if alone:
             totals = [a + b for a, b in zip(totals, decode_totals, strict=True)]
-            chosen = self._cheapest(prefills, totals, self._prefill_work, now)
+            chosen = self._cheapest(totals, recent_s)
             decode, total = prefills[chosen], totals[chosen]
         else:
-            chosen = self._cheapest(prefills, totals, self._prefill_work, now)
-            of_decodes = self._cheapest(decodes, decode_totals, self._decode_work, now)
+            chosen = self._cheapest(totals, recent_s)
+            of_decodes = self._cheapest(decode_totals, answers_s)
             decode, total = decodes[of_decodes], totals[chosen] + decode_totals[of_decodes]
         placed = Placed(
             router=self,
@@ -158,26 +166,25 @@ class PrefixRouter:
             held_blocks=held.depth(self.index.slot(f"decode {worker.address}", now)) if held.steps else 0,
             store_blocks=held.depth(STORE),
         )
-        answer_s = answer_cost(step_s, request.max_tokens)
-        return decode_cost(prompt, view, max_tokens=request.max_tokens, speeds=speeds) + balance_cost(
-            self._decode_work.of(worker.address, now),
-            answer_s,
-            mean_s=self._decode_work.mean(now),
-            slack_s=FREE_ANSWERS * answer_s,
-        )
+        return decode_cost(prompt, view, max_tokens=request.max_tokens, speeds=speeds)
 
-    def _shortlist(self, workers: Sequence[W], held: Holdings, role: str, now: float) -> Sequence[W]:
+    def _shortlist(self, group: Group[W], role: str, held: Holdings, keys: Sequence[bytes]) -> Sequence[W]:
+        workers = group.decodes if role == "decode" or not group.prefills else group.prefills
         if len(workers) <= MAX_EXAMINED:
             return workers
-        slots = set(held.deepest(4 * NUM_HOLDERS))
-        holders = []
-        if slots:
-            holders = [w for w in workers if self.index.slot(f"{role} {w.address}", now) in slots][:NUM_HOLDERS]
-        running = self._running.addresses()
-        sharing = [w for w in workers if w.address in running][:NUM_HOLDERS] if role == "prefill" else []
-        return list(dict.fromkeys([*holders, *sharing, *self._random.sample(workers, NUM_DRAWN)]))
+        by_address = group.by_address
+        wanted = [
+            address
+            for slot in held.deepest(4 * NUM_HOLDERS)
+            for kind, _, address in [self.index.place(slot).partition(" ")]
+            if kind == role and address in by_address
+        ][:NUM_HOLDERS]
+        if role == "prefill":
+            wanted += [a for a in self._running.addresses(keys, NUM_HOLDERS) if a in by_address]
+        chosen = [by_address[address] for address in dict.fromkeys(wanted)]
+        return [*chosen, *(w for w in self._random.sample(workers, NUM_DRAWN) if w not in chosen)]
 
-    def _cheapest(self, workers: Sequence[W], totals: list[float], work: RecentWork, now: float) -> int:
+    def _cheapest(self, totals: list[float], recent_s: list[float]) -> int:
         """Position of the worker with the least recent work among those that cost about as little as any."""
         limit = min(totals)
         limit += NEARLY_SHARE * limit + NEARLY_S
@@ -185,7 +192,7 @@ class PrefixRouter:
         if len(near) == 1:
             return near[0]
         self._random.shuffle(near)
-        return min(near, key=lambda index: work.of(workers[index].address, now))
+        return min(near, key=recent_s.__getitem__)
 
     def _learn_members(self, everyone: Candidates[W], now: float) -> None:
         self._members = everyone
@@ -240,6 +247,10 @@ def _known_speeds(workers: Sequence[WorkerState]) -> Speeds:
     """For workers that have not said theirs: the best of the others, so that they are tried."""
     known = [w.load.speeds for w in workers if w.load.speeds is not None]
     return min(known, key=lambda speeds: speeds.token_s) if known else Speeds()
+
+
+def _answer_balance(answer_s: float, recent_s: float, mean_s: float) -> float:
+    return balance_cost(recent_s, answer_s, mean_s=mean_s, slack_s=FREE_ANSWERS * answer_s)
 
 
 def _step_s(worker: WorkerState, now: float) -> float:

@@ -35,8 +35,9 @@ class RecentWork:
         if now - self._scale_at > HALF_LIFE_S:
             self._rescale(now)
 
-    def of(self, name: str, now: float) -> float:
-        return self._sums.get(name, 0.0) * self._decay(now)
+    def of(self, names: Iterable[str], now: float) -> list[float]:
+        decay = self._decay(now)
+        return [self._sums.get(name, 0.0) * decay for name in names]
 
     def mean(self, now: float) -> float:
         return self._total / len(self._sums) * self._decay(now) if self._sums else 0.0

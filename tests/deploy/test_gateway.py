@@ -290,6 +290,6 @@ class TestServer:
                 await anext(stream)
                 await stream.aclose()
         await lab.eventually(lambda: gateway._gateway._answering.num_running == 0)
-        assert not gateway._gateway._request_ids
+        assert not gateway._gateway._running.num_running
         assert all(worker.num_outstanding == 0 for worker in gateway._pool._workers.values())
         await lab.eventually(lambda: all(worker.num_running == 0 for worker in workers))

@@ -12,7 +12,7 @@ import pytest
 from support.decode_calls import Inside, call, failure, read, request
 
 from kvferry.decode.config import DecodeConfig
-from kvferry.deploy.app import make_gateway
+from kvferry.deploy.assembly import make_gateway
 from kvferry.deploy.client import AsyncClient
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.worker_server import ModelRuntime, WorkerServer

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from kvferry.deploy.app import make_gateway
+from kvferry.deploy.assembly import make_gateway
 from kvferry.deploy.client import AsyncClient, DeadlineExceeded, InvalidRequest
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.models import find_model, load_tokenizer

@@ -13,7 +13,7 @@ import pytest
 from support.decode_calls import Inside
 
 from kvferry.decode.config import DecodeConfig
-from kvferry.deploy.app import make_gateway
+from kvferry.deploy.assembly import make_gateway
 from kvferry.deploy.settings import GatewaySettings, Settings
 from kvferry.deploy.worker_server import ModelRuntime
 from kvferry.kvstore.config import NodeConfig

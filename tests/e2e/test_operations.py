@@ -18,10 +18,14 @@ from pathlib import Path
 
 import grpc
 import pytest
+import yaml
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from support.processes import RedisProcess
 
+from kvferry.deploy.operations_settings import MetricsSettings
+from kvferry.deploy.settings import Settings
+from kvferry.kvstore.metrics_endpoint import MetricsPlace
 from kvferry.proto import inference_pb2, inference_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +80,7 @@ class Served:
         found = [
             value
             for (sample, has), value in self.values(process).items()
-            if sample == f"kvferry:{name}" and wanted <= set(has)
+            if sample == f"kvferry_{name}" and wanted <= set(has)
         ]
         assert found, f"{process} has no {name} with {labels}"
         return sum(found)
@@ -261,12 +265,75 @@ def test_both_text_formats(served: Served) -> None:
         assert {"process_resident_memory_bytes", "process_open_fds"} <= plain
 
 
+def test_dashboard_and_alerts_ask_for_what_exists(served: Served, stub: inference_pb2_grpc.InferenceStub) -> None:
+    _answer(stub, _request("something to count"))
+    with pytest.raises(grpc.RpcError):
+        _answer(stub, _request("x", model="another"))
+    names: dict[str, set[str]] = {}
+    for process in PROCESSES:
+        for (name, labels), _ in served.values(process).items():
+            names.setdefault(name, set()).update(key for key, _ in labels)
+    asked = [*_dashboard_queries(), *_alert_queries()]
+    assert len(asked) > 40
+    for query in asked:
+        found = re.findall(r"\b((?:kvferry|process)_\w+)(?:\{([^}]*)\})?", query)
+        assert found or query.startswith("up{"), query
+        for name, selector in found:
+            assert name in names, f"no process has {name}, which is asked for in {query}"
+            for label in re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector):
+                assert label in names[name] | {"job", "instance"}, f"{name} has no label {label}"
+        for labels in re.findall(r"\bby \(([^)]*)\)", query):
+            known = set.union({"instance", "job"}, *(names[name] for name, _ in found))
+            assert set(re.split(r",\s*", labels)) <= known, query
+
+
+def _dashboard_queries() -> list[str]:
+    dashboard = json.loads((ROOT / "deploy/grafana/kvferry.json").read_text())
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+
+
+def _alert_queries() -> list[str]:
+    rules = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())
+    return [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+
+
+def test_every_metric_is_documented(served: Served) -> None:
+    documented = set(re.findall(r"^\| `(kvferry_\w+)`", (ROOT / "docs/operations.md").read_text(), re.MULTILINE))
+    told = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for process in PROCESSES
+        for family in text_string_to_metric_families(served.scrape(process))
+        if family.name.startswith("kvferry_")
+    }
+    assert told <= documented, told - documented
+    elsewhere = {"kvferry_worker_cache_bytes", "kvferry_worker_cache_hits_total"}
+    assert documented - told == elsewhere, documented - told
+
+
+def test_scrape_config_has_the_default_ports() -> None:
+    scraped = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in scraped}
+    settings = Settings()
+    ports = {
+        "gateway": settings.gateway,
+        "prefill": settings.prefill,
+        "decode": settings.decode,
+        "store": settings.store,
+    }
+    for role, section in ports.items():
+        place = settings.metrics.place(section.port)
+        assert place is not None
+        assert targets[f"kvferry-{role}"] == [f"{place.host}:{place.port}"]
+    assert Settings(metrics=MetricsSettings(enabled=False)).metrics.place(7600) is None
+    assert settings.metrics.place(0) == MetricsPlace(port=0)
+
+
 def test_labels_are_bounded(served: Served) -> None:
     allowed = {"model_name", "role", "tier", "path", "node", "reason", "finished_reason", "le"}
     allowed |= {"roles", "kernels", "device"}
     for process in PROCESSES:
         for (name, labels), _ in served.values(process).items():
-            if name.startswith("kvferry:"):
+            if name.startswith("kvferry_"):
                 assert {key for key, _ in labels} <= allowed, name
                 assert all("default" not in value for _, value in labels), "a tenant is no label"
 

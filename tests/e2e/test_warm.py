@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvferry.deploy.app import make_gateway
+from kvferry.deploy.assembly import make_gateway
 from kvferry.deploy.client import AsyncClient, DeadlineExceeded, InvalidRequest, Unavailable
 from kvferry.deploy.settings import GatewaySettings, Settings
 from kvferry.deploy.worker_server import ModelRuntime

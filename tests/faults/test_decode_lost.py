@@ -11,7 +11,7 @@ import pytest
 from support.decode_calls import Inside
 from support.relay import Relay
 
-from kvferry.deploy.app import make_gateway
+from kvferry.deploy.assembly import make_gateway
 from kvferry.deploy.client import AsyncClient, Chunk
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.settings import Settings

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from kvferry.decode.config import DecodeConfig
-from kvferry.deploy.app import make_gateway
+from kvferry.deploy.assembly import make_gateway
 from kvferry.deploy.settings import GatewaySettings, Settings
 from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
