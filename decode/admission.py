@@ -144,8 +144,8 @@ class Admission:
         self._serve()
 
     async def grow(self, mine: Reservation, index: int) -> int:
-        """Waits for one block more, of this index in its sequence; it is added to what the request holds. Cancel it when
-        the request is preempted."""
+        """Waits for one block more, of this index in its sequence; it is added to what the request holds. Cancel it
+        when the request is preempted."""
         waiter = self._enqueue(self._growing, mine, (index,), 0, ())
         try:
             block_id = await waiter.granted

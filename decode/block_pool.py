@@ -21,8 +21,8 @@ class BlockPool:
         evictable   ref count 0, content kept under a key   in `_evictable`, oldest first
 
     Blocks may lie on several devices, each with a share of every context: id b on device b mod `num_shares`. A
-    sequence's block of index i goes to device i mod `num_shares`, so that a key names a block of one device whoever asks
-    for it, and no device has more than one block of a sequence more than another, however long it grows.
+    sequence's block of index i goes to device i mod `num_shares`, so that a key names a block of one device whoever
+    asks for it, and no device has more than one block of a sequence more than another, however long it grows.
     """
 
     def __init__(

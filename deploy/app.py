@@ -31,8 +31,8 @@ import torch
 from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.assembly import decode_config, make_gateway, model_config, prefill_config
 from kvferry.deploy.models import find_model
-from kvferry.deploy.rank_counts import RankCounts, threads_of_rank
-from kvferry.deploy.settings import Settings
+from kvferry.deploy.rank_counts import RankCounts, threads_of_rank, with_ranks
+from kvferry.deploy.settings import DecodeSettings, PrefillSettings, Settings
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kvstore.malloc import tune_malloc
 from kvferry.kvstore.process_logs import LogConfig, configure_logs
@@ -208,22 +208,23 @@ class Deployment:
             for i in range(settings.decode.count)
         ]
         cache = settings.store.worker_cache
+        workers_of: list[tuple[str, PrefillConfig | DecodeConfig, PrefillSettings | DecodeSettings]] = [
+            *((f"prefill-{i}", c, settings.prefill) for i, c in enumerate(prefill_configs)),
+            *((f"decode-{i}", c, settings.decode) for i, c in enumerate(decode_configs)),
+        ]
         pending = {
             name: self._begin(
                 name,
                 WorkerActor,
-                dataclasses.replace(model, tensor_parallel=size),
+                with_ranks(model, section),
                 config,
                 ring,
-                threads_of_rank(settings, size, num_cores=cores),
+                threads_of_rank(settings, section.num_ranks, num_cores=cores),
                 own_prefill,
                 cache,
-                num_gpus=gpus(wanted, size),
+                num_gpus=gpus(section.gpus, section.num_ranks),
             )
-            for name, config, size, wanted in (
-                *((f"prefill-{i}", c, ranks.prefill, settings.prefill.gpus) for i, c in enumerate(prefill_configs)),
-                *((f"decode-{i}", c, ranks.decode, settings.decode.gpus) for i, c in enumerate(decode_configs)),
-            )
+            for name, config, section in workers_of
         }
         addresses = {name: self._finish(name, start) for name, start in pending.items()}
         self.address = self._launch(

@@ -163,16 +163,12 @@ class GroupExecutors:
 
 
 def make_executors(config: ModelConfig, *, on_lost: Callable[[str], None]) -> Executors:
-    """By `config.tensor_parallel` and `config.context_parallel`. `on_lost(reason)`: a rank of the group ended or hangs, and this worker must end.
+    """By `config.tensor_parallel` and `config.context_parallel`. `on_lost(reason)`: a rank of the group ended or hangs,
+    and this worker must end.
 
     Raises UnsupportedModel or ValueError for a configuration that cannot be, RanksLost when a rank does not start.
     """
     if config.context_parallel > 1:
-        if config.tensor_parallel > 1:
-            raise ValueError(
-                f"tensor_parallel {config.tensor_parallel} and context_parallel {config.context_parallel} do not go "
-                "together yet: set one of them to 1"
-            )
         return ContextExecutors(config, on_lost=on_lost)
     if config.tensor_parallel == 1:
         return LocalExecutors(config)

@@ -34,6 +34,11 @@ class ModelConfig:
     """Ranks of a decode worker that divide each context between them; not together with `tensor_parallel`."""
 
     def __post_init__(self) -> None:
+        if self.tensor_parallel > 1 and self.context_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} and context_parallel {self.context_parallel} do not go "
+                "together yet: set one of them to 1"
+            )
         if self.tensor_parallel > 1 and self.weight_quantization != "none":
             raise ValueError(
                 f"weight_quantization {self.weight_quantization} and tensor_parallel {self.tensor_parallel} do not go "

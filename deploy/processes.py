@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,7 +14,7 @@ from kvferry.deploy.cluster_member import ClusterMember
 from kvferry.deploy.directory_client import DirectoryMembership
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.membership import Lease
-from kvferry.deploy.rank_counts import threads_of_rank
+from kvferry.deploy.rank_counts import threads_of_rank, with_ranks
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.worker_server import ModelRuntime, WorkerServer
 from kvferry.kvstore.malloc import tune_malloc
@@ -41,9 +40,9 @@ class WorkerProcess:
         """See `Drainable`. Loads the model."""
         settings = self._settings
         tune_malloc()
-        size = (settings.prefill if self._role == "prefill" else settings.decode).tensor_parallel
-        torch.set_num_threads(threads_of_rank(settings, size, num_cores=os.cpu_count() or 1))
-        model = replace(model_config(settings), tensor_parallel=size)
+        ranks = settings.prefill if self._role == "prefill" else settings.decode
+        torch.set_num_threads(threads_of_rank(settings, ranks.num_ranks, num_cores=os.cpu_count() or 1))
+        model = with_ranks(model_config(settings), ranks)
         self._runtime = await asyncio.to_thread(ModelRuntime, model)
         config: PrefillConfig | DecodeConfig
         if self._role == "prefill":

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import AutoConfig
 
+from kvferry.deploy.model_config import ModelConfig
 from kvferry.deploy.models import find_model
 from kvferry.deploy.ranks.shard_model import check_group_size
-from kvferry.deploy.settings import Settings
+from kvferry.deploy.settings import DecodeSettings, Ranks, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankCounts:
-    """`tensor_parallel` of the two kinds of workers."""
+    """Of a worker of each kind."""
 
     prefill: int
     decode: int
@@ -23,11 +24,11 @@ class RankCounts:
     @classmethod
     def of(cls, settings: Settings) -> RankCounts:
         """Raises ValueError when the model's heads cannot be shared so, or UnsupportedModel."""
-        prefill, decode = settings.prefill.tensor_parallel, settings.decode.tensor_parallel
+        prefill, decode = settings.prefill.num_ranks, settings.decode.num_ranks
         if settings.prefill.count == 0 and prefill > 1:
             raise ValueError("prefill.tensor_parallel: no prefill worker is started (prefill.count is 0); set decode's")
         config = AutoConfig.from_pretrained(find_model(settings.model).path)
-        for size in (prefill, decode):
+        for size in (settings.prefill.tensor_parallel, settings.decode.tensor_parallel):
             check_group_size(config, size)
         total = settings.prefill.count * prefill + settings.decode.count * decode
         return cls(prefill=prefill, decode=decode, total=total)
@@ -39,7 +40,8 @@ class RankCounts:
         """
         if size > 1 and 0 < available < self.total:
             raise ValueError(
-                f"tensor_parallel: the workers have {self.total} ranks, and there are {available:.0f} GPUs"
+                f"tensor_parallel, context_parallel: the workers have {self.total} ranks, "
+                f"and there are {available:.0f} GPUs"
             )
         return size * min(1.0, available / self.total)
 
@@ -47,3 +49,9 @@ class RankCounts:
 def threads_of_rank(settings: Settings, size: int, *, num_cores: int) -> int:
     """Of one of a worker's `size` ranks, where the settings name none: they share the cores."""
     return settings.threads or max(num_cores // size, 1)
+
+
+def with_ranks(model: ModelConfig, ranks: Ranks) -> ModelConfig:
+    """What workers with these settings load."""
+    context = ranks.context_parallel if isinstance(ranks, DecodeSettings) else 1
+    return replace(model, tensor_parallel=ranks.tensor_parallel, context_parallel=context)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -61,6 +61,11 @@ class Ranks(Section):
             raise ValueError("layers cannot be spread over workers: leave pipeline_parallel at 1, set tensor_parallel")
         return value
 
+    @property
+    def num_ranks(self) -> int:
+        """Processes of each worker."""
+        return self.tensor_parallel
+
 
 class PrefillSettings(Ranks):
     host: str = "127.0.0.1"
@@ -84,6 +89,8 @@ class DecodeSettings(Ranks):
     count: int = Field(1, ge=1, le=64)
     kv_memory: KVMemory = 512 * 2**20
     """Bytes, or a share of what is free once the model is loaded: 80%."""
+    context_parallel: int = Field(1, ge=1, le=64)
+    """Ranks of each worker that divide every context between them; not together with `tensor_parallel`."""
     max_num_seqs: int = Field(16, gt=0, le=1024)
     prefix_caching: bool = True
     """Keep the blocks of finished prompts in the pool while there is room."""
@@ -93,6 +100,16 @@ class DecodeSettings(Ranks):
     """Of each worker. None: on one machine its GPUs, shared evenly; in a cluster 1 where a machine has some."""
     resource: str | None = None
     """In a cluster: only on machines that have this Ray resource."""
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel * self.context_parallel
+
+    @model_validator(mode="after")
+    def _one_kind_of_ranks(self) -> Self:
+        if self.tensor_parallel > 1 and self.context_parallel > 1:
+            raise ValueError("tensor_parallel and context_parallel do not go together yet: set one of them to 1")
+        return self
 
 
 class Settings(BaseSettings):

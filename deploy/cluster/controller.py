@@ -160,10 +160,10 @@ class Controller:
         gpus_of_a_rank = 1.0 if has_gpus and self._settings.device != "cpu" else 0.0
         return wanted_members(
             **self._counts,
-            prefill_ranks=prefill.tensor_parallel,
-            decode_ranks=decode.tensor_parallel,
-            prefill_gpus=gpus_of_a_rank * prefill.tensor_parallel if prefill.gpus is None else prefill.gpus,
-            decode_gpus=gpus_of_a_rank * decode.tensor_parallel if decode.gpus is None else decode.gpus,
+            prefill_ranks=prefill.num_ranks,
+            decode_ranks=decode.num_ranks,
+            prefill_gpus=gpus_of_a_rank * prefill.num_ranks if prefill.gpus is None else prefill.gpus,
+            decode_gpus=gpus_of_a_rank * decode.num_ranks if decode.gpus is None else decode.gpus,
             prefill_resource=prefill.resource,
             decode_resource=decode.resource,
         )

@@ -1,5 +1,5 @@
-"""A follower that holds a share of every context: `python -m kvferry.deploy.ranks.context_follower COMMANDS_FD PULSE_FD`,
-started by its leader only."""
+"""A follower that holds a share of every context: `python -m kvferry.deploy.ranks.context_follower COMMANDS PULSE`, two
+file descriptors, started by its leader only."""
 
 from __future__ import annotations
 

@@ -32,14 +32,14 @@ class ShareConfig:
 
     def to_message(self) -> dict[str, Any]:
         layout = self.layout
-        rules = [[r.scale, r.window, r.softcap, r.query_heads, str(r.query_dtype)] for r in self.rules]
+        rules = [r._asdict() | {"query_dtype": str(r.query_dtype).removeprefix("torch.")} for r in self.rules]
         return {
             "num_layers": layout.num_layers,
             "num_kv_heads": layout.num_kv_heads,
             "head_dim": layout.head_dim,
             "spec": spec_to_json(layout.spec),
             "windows": self.windows,
-            "rules": [[*rule[:4], rule[4].removeprefix("torch.")] for rule in rules],
+            "rules": rules,
             "num_blocks": self.num_blocks,
         }
 
@@ -53,7 +53,7 @@ class ShareConfig:
                 **{name: message[name] for name in ("num_layers", "num_kv_heads", "head_dim")},
             ),
             windows=tuple(message["windows"]),
-            rules=tuple(LayerRule(*rest, dtypes[dtype]) for *rest, dtype in message["rules"]),
+            rules=tuple(LayerRule(**r | {"query_dtype": dtypes[r["query_dtype"]]}) for r in message["rules"]),
             num_blocks=message["num_blocks"],
         )
 
@@ -77,9 +77,9 @@ class ContextShare:
         self._pool = torch.empty((config.num_blocks, self._layout.block_bytes), dtype=torch.uint8, device=device)
         self._saved: dict[int, tuple[Tensor, list[Tensor]]] = {}
         layers, two, heads, block_size, dim = config.layout.tail_shape
-        half = {"dtype": torch.float16, "device": device}
-        self._no_sinks = torch.zeros((1, layers, heads, two, 0, dim), **half)
-        self._no_tails = torch.zeros((1, 1, 1, 1, block_size, dim), **half).expand(1, layers, two, heads, -1, -1)
+        self._no_sinks = torch.zeros((1, layers, heads, two, 0, dim), dtype=torch.float16, device=device)
+        one_tail = torch.zeros((1, 1, 1, 1, block_size, dim), dtype=torch.float16, device=device)
+        self._no_tails = one_tail.expand(1, layers, two, heads, -1, -1)
 
     def write(self, block: int, offset: int, data: bytes) -> None:
         """Bytes of a block as the pool holds it."""

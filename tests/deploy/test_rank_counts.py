@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvferry.deploy.model_config import ModelConfig
-from kvferry.deploy.rank_counts import RankCounts, threads_of_rank
+from kvferry.deploy.rank_counts import RankCounts, threads_of_rank, with_ranks
 from kvferry.deploy.settings import Settings
 
 
@@ -60,3 +60,15 @@ def test_pipeline_parallelism_is_refused() -> None:
 def test_int8_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="do not go together"):
         ModelConfig(model="demo", weight_quantization="int8", tensor_parallel=3)
+
+
+def test_context_parallelism() -> None:
+    """It counts as ranks, divides no heads, and does not go with tensor parallelism."""
+    counts = RankCounts.of(Settings.load(model="demo", decode={"context_parallel": 4, "count": 2}))
+    assert (counts.prefill, counts.decode, counts.total) == (1, 4, 9)
+    with pytest.raises(ValueError, match="do not go together yet"):
+        Settings.load(model="demo", decode={"context_parallel": 2, "tensor_parallel": 3})
+    with pytest.raises(ValueError, match="do not go together yet"):
+        ModelConfig(model="demo", context_parallel=2, tensor_parallel=3)
+    decode = Settings.load(model="demo", decode={"context_parallel": 2}).decode
+    assert with_ranks(ModelConfig(model="demo"), decode).context_parallel == 2

@@ -40,13 +40,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def start_worker(model: str, tmp_path: Path) -> Iterator[Callable[[], RankWorkerProcess]]:
+def start_worker(model: str, tmp_path: Path) -> Iterator[Callable[..., RankWorkerProcess]]:
     started: list[RankWorkerProcess] = []
     numbers = itertools.count()
 
-    def start() -> RankWorkerProcess:
+    def start(kind: str = "tensor_parallel") -> RankWorkerProcess:
         log = tmp_path / f"worker-{next(numbers)}.log"
-        started.append(RankWorkerProcess(log, model, block_size=BLOCK_SIZE, ranks=2))
+        started.append(RankWorkerProcess(log, model, block_size=BLOCK_SIZE, ranks=2, kind=kind))
         return started[-1]
 
     yield start
@@ -67,14 +67,15 @@ async def is_decoding(worker: RankWorkerProcess) -> bool:
     return bool(stats.decode.num_running)
 
 
+@pytest.mark.parametrize("kind", ["tensor_parallel", "context_parallel"])
 async def test_a_killed_follower_ends_its_worker_and_the_answer_goes_on_elsewhere(
-    model: str, start_worker: Callable[[], RankWorkerProcess], make_prompt: Any
+    model: str, start_worker: Callable[..., RankWorkerProcess], make_prompt: Any, kind: str
 ) -> None:
     spec = KVQuantSpec(block_size=BLOCK_SIZE)
     runtime = ModelRuntime(ModelConfig(model=model, served_name="tiny", spec=spec, dtype="float32"))
     prefill = WorkerServer(runtime, config=PrefillConfig(), store_address=None)
     prefill_address = await prefill.start()
-    workers = await asyncio.gather(*(asyncio.to_thread(start_worker) for _ in range(2)))
+    workers = await asyncio.gather(*(asyncio.to_thread(start_worker, kind) for _ in range(2)))
     settings = Settings.load(model=model, served_model_name="tiny", gateway={"port": 0})
     gateway = await make_gateway(settings, prefill=[prefill_address], decode=[w.address for w in workers])
     port = await gateway.start()

@@ -108,8 +108,8 @@ class PrefillProcess(Process):
 class RankWorkerProcess(Process):
     """A decode worker of a tiny model that leads a group of ranks."""
 
-    def __init__(self, log: Path, model: str, *, block_size: int, ranks: int) -> None:
-        super().__init__([sys.executable, "-m", "support.rank_worker", model, str(block_size), str(ranks)], log)
+    def __init__(self, log: Path, model: str, *, block_size: int, ranks: int, kind: str = "tensor_parallel") -> None:
+        super().__init__([sys.executable, "-m", "support.rank_worker", model, str(block_size), str(ranks), kind], log)
         self.address = self.wait_for_line("serving on ").split("serving on ")[1].split(",")[0]
         line = self.wait_for_line("followers ")
         self.follower_pids = [int(pid) for pid in line.split("followers ")[1].rstrip(",").split()]

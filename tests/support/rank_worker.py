@@ -1,9 +1,11 @@
-"""A decode worker that leads a group of ranks: `python -m support.rank_worker MODEL BLOCK_SIZE RANKS`."""
+"""A decode worker that leads a group of ranks: `python -m support.rank_worker MODEL BLOCK_SIZE RANKS [KIND]`; KIND is
+tensor_parallel or context_parallel."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -12,11 +14,11 @@ from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kernels.spec import KVQuantSpec
 
 
-async def serve(model: str, block_size: int, ranks: int) -> None:
+async def serve(model: str, block_size: int, ranks: int, kind: str = "tensor_parallel") -> None:
     torch.set_num_threads(1)
     spec = KVQuantSpec(block_size=block_size)
     runtime = ModelRuntime(
-        ModelConfig(model=model, served_name="tiny", spec=spec, dtype="float32", tensor_parallel=ranks)
+        replace(ModelConfig(model=model, served_name="tiny", spec=spec, dtype="float32"), **{kind: ranks})
     )
     server = WorkerServer(runtime, config=DecodeConfig(kv_memory=32 * 2**20), store_address=None)
     address = await server.start()
@@ -26,4 +28,4 @@ async def serve(model: str, block_size: int, ranks: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]))

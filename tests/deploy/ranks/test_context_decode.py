@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from support.decode_calls import Inside
 
 from kvferry.decode.config import DecodeConfig
-from kvferry.deploy.worker_server import ModelConfig, ModelRuntime
+from kvferry.deploy.worker_server import ModelRuntime
 
 BLOCK_SIZE = 32
 LOGPROB_ERROR = 2e-3
@@ -71,3 +69,53 @@ async def test_the_tokens_are_those_of_one_rank(serve: Start, make_prompt: Any, 
         assert answer.tokens == expected.tokens
         assert (logprobs(answer) - logprobs(expected)).abs().max() < LOGPROB_ERROR
     await Inside.of(several).assert_all_free()
+
+
+async def test_what_one_rank_cannot_hold_two_do(serve: Start, make_prompt: Any) -> None:
+    """Six blocks a rank: a context of ten fits two ranks and not one, and on two one of thirteen does not fit."""
+    block = 3 * 2 * 24 * 64
+    one, two = await serve(1, kv_memory=6 * block), await serve(2, kv_memory=2 * 6 * block)
+    whole = await serve(1)
+    prompt = make_prompt(9 * BLOCK_SIZE + 7)
+    expected = await whole.generate(prompt, max_tokens=BLOCK_SIZE)
+    assert (await two.generate(prompt, max_tokens=BLOCK_SIZE)).tokens == expected.tokens
+    await Inside.of(two).assert_all_free()
+    for workers, refused, problem in (
+        (one, prompt, "10 blocks"),
+        (two, make_prompt(13 * BLOCK_SIZE), "7 blocks on its"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match=problem) as error:
+            await workers.generate(refused, max_tokens=BLOCK_SIZE)
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_company_swaps_and_the_pool_change_no_bit(serve: Start, make_prompt: Any) -> None:
+    """Alone with an empty pool; then all at once, in a pool for half of them, so that they are swapped out and in on
+    all ranks, and some find their prompt's blocks there."""
+    block = 3 * 2 * 24 * 64
+    workers = await serve(2, kv_memory=2 * 9 * block)
+    inside = Inside.of(workers)
+    prompts = [make_prompt(40 + 31 * i, seed=i) for i in range(5)]
+    asked: Any = dict(max_tokens=3 * BLOCK_SIZE, top_logprobs=1)
+    alone = [await workers.generate(prompt, **asked) for prompt in prompts]
+    assert inside.admission.num_swaps == 0
+    together = await asyncio.gather(*(workers.generate(prompt, **asked) for prompt in prompts))
+    assert inside.admission.num_swaps > 0
+    for a, b in zip(alone, together, strict=True):
+        assert a.tokens == b.tokens
+        assert torch.equal(logprobs(a), logprobs(b))
+    again = await workers.generate(prompts[0], **asked)
+    assert again.usage.num_local_tokens > 0 and again.tokens == alone[0].tokens
+    await inside.assert_all_free()
+
+
+async def test_several_answers_share_the_prompt(serve: Start, make_prompt: Any) -> None:
+    prompt, asked = make_prompt(3 * BLOCK_SIZE + 5), dict(max_tokens=BLOCK_SIZE + 9, temperature=0.8, seed=3, n=3)
+    answers = []
+    for size in (1, 2):
+        tokens: dict[int, list[int]] = {}
+        workers = await serve(size)
+        async for chunk in workers.stream(prompt, **asked):
+            tokens.setdefault(chunk.choice, []).append(chunk.token_id)
+        answers.append(tokens)
+    assert answers[0] == answers[1] and len(answers[0]) == 3
