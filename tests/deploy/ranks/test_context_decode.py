@@ -16,7 +16,10 @@ from kvferry.deploy.worker_server import ModelRuntime
 
 BLOCK_SIZE = 32
 LOGPROB_ERROR = 2e-3
-"""Measured on these models: below 4e-4."""
+"""Of a natural logarithm; measured on these models: below 4e-4."""
+PACKED_LOGPROB_ERROR = 3e-2
+"""Once decode has packed a block itself: K and V that differ in their last bits may get another code. Measured:
+6e-3."""
 Start = Callable[..., Any]
 
 
@@ -63,11 +66,15 @@ async def test_the_tokens_are_those_of_one_rank(serve: Start, make_prompt: Any, 
     """Contexts without a block, of one and of many, which grow over several blocks; windows and a soft cap."""
     one, several = await serve(1, family), await serve(size, family)
     for length in (20, 301):
-        asked: Any = dict(max_tokens=BLOCK_SIZE + 15, top_logprobs=1)
+        asked: Any = dict(max_tokens=BLOCK_SIZE + 15, logprobs=True)
         expected = await one.generate(make_prompt(length), **asked)
         answer = await several.generate(make_prompt(length), **asked)
         assert answer.tokens == expected.tokens
-        assert (logprobs(answer) - logprobs(expected)).abs().max() < LOGPROB_ERROR
+        assert logprobs(expected).all()
+        error = (logprobs(answer) - logprobs(expected)).abs()
+        until_packed = BLOCK_SIZE - length % BLOCK_SIZE
+        assert error[:until_packed].max() < LOGPROB_ERROR
+        assert error.max() < PACKED_LOGPROB_ERROR
     await Inside.of(several).assert_all_free()
 
 
@@ -96,7 +103,7 @@ async def test_company_swaps_and_the_pool_change_no_bit(serve: Start, make_promp
     workers = await serve(2, kv_memory=2 * 9 * block)
     inside = Inside.of(workers)
     prompts = [make_prompt(40 + 31 * i, seed=i) for i in range(5)]
-    asked: Any = dict(max_tokens=3 * BLOCK_SIZE, top_logprobs=1)
+    asked: Any = dict(max_tokens=3 * BLOCK_SIZE, logprobs=True)
     alone = [await workers.generate(prompt, **asked) for prompt in prompts]
     assert inside.admission.num_swaps == 0
     together = await asyncio.gather(*(workers.generate(prompt, **asked) for prompt in prompts))
@@ -104,18 +111,25 @@ async def test_company_swaps_and_the_pool_change_no_bit(serve: Start, make_promp
     for a, b in zip(alone, together, strict=True):
         assert a.tokens == b.tokens
         assert torch.equal(logprobs(a), logprobs(b))
+    await workers.generate(prompts[0], **asked)
     again = await workers.generate(prompts[0], **asked)
     assert again.usage.num_local_tokens > 0 and again.tokens == alone[0].tokens
     await inside.assert_all_free()
 
 
 async def test_several_answers_share_the_prompt(serve: Start, make_prompt: Any) -> None:
-    prompt, asked = make_prompt(3 * BLOCK_SIZE + 5), dict(max_tokens=BLOCK_SIZE + 9, temperature=0.8, seed=3, n=3)
-    answers = []
-    for size in (1, 2):
-        tokens: dict[int, list[int]] = {}
-        workers = await serve(size)
-        async for chunk in workers.stream(prompt, **asked):
-            tokens.setdefault(chunk.choice, []).append(chunk.token_id)
-        answers.append(tokens)
-    assert answers[0] == answers[1] and len(answers[0]) == 3
+    """Three sampled answers, each with blocks of its own on another rank than the prompt's last. They are not compared
+    with one rank's: a draw from 49,152 tokens that are nearly as likely shows the last bits."""
+    workers = await serve(2)
+    prompt, asked = make_prompt(3 * BLOCK_SIZE + 5), dict(max_tokens=BLOCK_SIZE + 9, temperature=0.8, seed=3)
+    together: dict[int, list[int]] = {}
+    async for chunk in workers.stream(prompt, **asked, n=3):
+        together.setdefault(chunk.choice, []).append(chunk.token_id)
+    assert len(set(map(tuple, together.values()))) == 3
+    assert (await workers.generate(prompt, **asked)).tokens == together[0]
+    await Inside.of(workers).assert_all_free()
+
+
+def test_ranks_change_no_key(runtime: Callable[[str], ModelRuntime], divided: Callable[..., ModelRuntime]) -> None:
+    """What is published comes from prefill, which knows nothing of shares."""
+    assert divided(2).identity == runtime("llama").identity
