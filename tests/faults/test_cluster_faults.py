@@ -9,12 +9,12 @@ import os
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.cluster import Cluster, Proc, full_cluster
+from support.cluster import Cluster, Proc, start_two_of_each
 from support.cluster_load import Load
 
 DEEP = bool(os.environ.get("KVFERRY_DEEP"))
@@ -28,18 +28,28 @@ DEEP_ROUNDS = 9
 """Of five kinds: 45 injections."""
 
 
-@pytest.fixture
-async def cluster(tmp_path: Path, tiny_model: Callable[[str], Path]) -> AsyncIterator[Cluster]:
-    cluster = await full_cluster(tmp_path, tiny_model("llama"))
-    yield cluster
-    await asyncio.to_thread(cluster.__exit__)
+@pytest.fixture(scope="module")
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path], make_prompt: Callable[..., list[int]]
+) -> Iterator[tuple[Cluster, Load]]:
+    """A deployment, and what its answers are without faults."""
+    prompts = [make_prompt(PROMPT_TOKENS + 37 * i, seed=i) for i in range(NUM_PROMPTS)]
+    with Cluster(tmp_path_factory.mktemp("cluster"), tiny_model("llama")) as cluster:
+        asyncio.run(start_two_of_each(cluster))
+        load = Load(cluster.gateways, prompts)
+        asyncio.run(load.learn())
+        yield cluster, load
 
 
 @pytest.fixture
-async def load(cluster: Cluster, make_prompt: Callable[..., list[int]]) -> Load:
-    load = Load(cluster.gateways, [make_prompt(PROMPT_TOKENS + 37 * i, seed=i) for i in range(NUM_PROMPTS)])
-    await load.learn()
-    return load
+def cluster(shared: tuple[Cluster, Load]) -> Cluster:
+    return shared[0]
+
+
+@pytest.fixture
+def load(shared: tuple[Cluster, Load]) -> Load:
+    learnt = shared[1]
+    return Load(learnt.gateways, learnt.prompts, oracle=learnt.oracle)
 
 
 @dataclass
@@ -56,9 +66,14 @@ class Injection:
         return f"{self.kind:<10}{name:<9} noticed after {self.noticed:4.1f} s, {self.failovers} requests went elsewhere"
 
 
-async def moved(cluster: Cluster) -> int:
-    """Requests that went on elsewhere: with other workers, or at another gateway."""
-    return await cluster.sum_of("num_failovers") + await cluster.sum_of("num_resumed")
+async def moved(cluster: Cluster) -> dict[str, int]:
+    """By gateway that answers: requests that went on elsewhere, with other workers or from another gateway."""
+    told = {proc.name: await cluster.gateway_stats(proc) for proc in cluster.of_kind("gateway")}
+    return {name: stats.num_failovers + stats.num_resumed for name, stats in told.items() if stats is not None}
+
+
+def more(now: dict[str, int], before: dict[str, int]) -> int:
+    return sum(max(count - before.get(name, 0), 0) for name, count in now.items())
 
 
 async def busy(cluster: Cluster, proc: Proc) -> bool:
@@ -72,7 +87,7 @@ async def busy(cluster: Cluster, proc: Proc) -> bool:
     return True
 
 
-async def noticed(cluster: Cluster, proc: Proc, before: int) -> bool:
+async def noticed(cluster: Cluster, proc: Proc, before: dict[str, int]) -> bool:
     """The control: the fault shows in a counter, or in the directory's list."""
     if proc.kind == "directory":
         try:
@@ -80,7 +95,7 @@ async def noticed(cluster: Cluster, proc: Proc, before: int) -> bool:
         except OSError:
             return True
         return False
-    if await moved(cluster) > before:
+    if more(await moved(cluster), before):
         return True
     return proc.address not in await cluster.members()
 
@@ -97,7 +112,7 @@ async def inject(cluster: Cluster, proc: Proc, number: int, load: Load) -> Injec
     done = load.num_done
     async with asyncio.timeout(LIMIT_S):
         await load.until_done(done + load.num_clients)  # the others go on without it
-    injection.failovers = max(await moved(cluster) - before, 0)
+    injection.failovers = more(await moved(cluster), before)
     if number == KILL:
         assert await cluster.ended(proc) == -KILL
         cluster.start(proc)
@@ -170,12 +185,12 @@ def report(injections: list[Injection], load: Load) -> None:
         for number in (KILL, STOP):
             times = sorted(i.noticed for i in injections if (i.kind, i.number) == (kind, number))
             if times:
-                median = times[len(times) // 2]
-                print(f"  {kind:<10}{number.name:<9} noticed after {median:.1f} s (at most {times[-1]:.1f})")
+                median, longest = times[len(times) // 2], times[-1]
+                print(f"  {kind:<10}{number.name:<9} noticed after {median:.1f} s (at most {longest:.1f})")
     gaps = sorted(length for _, length in load.gaps)
     if gaps:
-        median = gaps[len(gaps) // 2]
-        print(f"  pauses over 0.5 s in answers: {len(gaps)}, median {median:.1f} s, longest {gaps[-1]:.1f} s")
+        median, longest = gaps[len(gaps) // 2], gaps[-1]
+        print(f"  pauses over 0.5 s in answers: {len(gaps)}, median {median:.1f} s, longest {longest:.1f} s")
 
 
 @pytest.mark.timeout(1800 if DEEP else 300)

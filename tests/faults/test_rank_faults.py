@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import threading
@@ -41,9 +42,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def start_worker(model: str, tmp_path: Path) -> Iterator[Callable[[], RankWorkerProcess]]:
     started: list[RankWorkerProcess] = []
+    numbers = itertools.count()
 
     def start() -> RankWorkerProcess:
-        log = tmp_path / f"worker-{len(started)}.log"
+        log = tmp_path / f"worker-{next(numbers)}.log"
         started.append(RankWorkerProcess(log, model, block_size=BLOCK_SIZE, ranks=2))
         return started[-1]
 

@@ -1,4 +1,4 @@
-"""A deployment of real processes that find each other through a directory, for tests that kill and restart them."""
+"""A whole deployment of real processes that find each other through a directory, to be killed and restarted."""
 
 from __future__ import annotations
 
@@ -227,10 +227,8 @@ class Cluster:
         return sum(getattr(one, field_name) for one in stats if one is not None)
 
 
-async def full_cluster(folder: Path, model: Path) -> Cluster:
-    """Two of each kind and a directory, ready."""
-    cluster = await asyncio.to_thread(Cluster, folder, model)
+async def start_two_of_each(cluster: Cluster) -> None:
+    """The directory and two processes of each other kind, ready."""
     cluster.start(cluster.directory)
-    procs = [cluster.add(f"{kind}-{i}", kind) for kind in ("store", "prefill", "decode", "gateway") for i in range(2)]
-    await cluster.until_joined(*procs)
-    return cluster
+    kinds = ("prefill", "decode", "gateway", "store")
+    await cluster.until_joined(*(cluster.add(f"{kind}-{i}", kind) for kind in kinds for i in range(2)))

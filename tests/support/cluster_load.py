@@ -41,7 +41,6 @@ class Load:
 
     async def __aenter__(self) -> Load:
         self._stopping = False
-        self._client = AsyncClient(self.gateways)
         self._numbers = iter(range(10**9))
         self._tasks = [asyncio.create_task(self._run()) for _ in range(self.num_clients)]
         return self
@@ -49,7 +48,6 @@ class Load:
     async def __aexit__(self, *_: object) -> None:
         self._stopping = True
         await asyncio.gather(*self._tasks)
-        await self._client.close()
 
     async def until_done(self, count: int) -> None:
         """Until `count` requests have ended since the start."""
@@ -61,15 +59,17 @@ class Load:
         return max((length for began, length in self.gaps if began + length >= when), default=0.0)
 
     async def _run(self) -> None:
-        while not self._stopping:
-            number = next(self._numbers) % len(self.prompts)
-            try:
-                answers = await self._ask(self._client, number)
-                if answers != self.oracle[number]:
-                    self.problems.append(f"request {number} has other tokens")
-            except Exception as error:
-                self.problems.append(f"request {number}: {type(error).__name__}: {error}")
-            self.num_done += 1
+        async with AsyncClient(self.gateways) as client:
+            while not self._stopping:
+                place = next(self._numbers)
+                client._gateways.current = place % len(self.gateways)  # so that every gateway has requests
+                number = place // 2 % len(self.prompts)
+                try:
+                    if await self._ask(client, number) != self.oracle[number]:
+                        self.problems.append(f"request {number} has other tokens")
+                except Exception as error:
+                    self.problems.append(f"request {number}: {type(error).__name__}: {error}")
+                self.num_done += 1
 
     async def _ask(self, client: AsyncClient, number: int) -> dict[int, list[int]]:
         """Tokens by choice. Raises AssertionError for an index that is missing or comes twice."""

@@ -1,8 +1,8 @@
 """Forks `kvferry` processes that have imported everything already: `python -m support.forge`.
 
 Loading PyTorch takes seconds a process, which would be most of the time of a test with many restarts. A fork runs the
-same command line in a process of its own. Reads {"args": [...], "log": path} from standard input, one a line, and
-writes "started PID" for each, and "ended PID CODE" when a process has ended.
+same command line in a process of its own. Reads {"args": [...], "log": path} from standard input, one a line; writes
+"started PID" for each, and "ended PID CODE" when a process has ended.
 """
 
 from __future__ import annotations
