@@ -120,7 +120,8 @@ async def inject(cluster: Cluster, proc: Proc, number: int, load: Load) -> Injec
         if proc.kind != "directory":
             await cluster.until_left(proc)
         proc.signal(signal.SIGCONT)
-    await cluster.until_joined(proc)
+    # A new directory judges a lease only once its holder has told it of it: so everybody has to be back.
+    await cluster.until_joined(*(cluster.procs.values() if proc.kind == "directory" else [proc]))
     if number == STOP and proc.kind in ("prefill", "decode", "gateway"):
         assert await leases_lost(cluster, proc) == lost_before + 1  # it knows that it was away
     if number == STOP and proc.kind in ("prefill", "decode"):
