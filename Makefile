@@ -10,10 +10,13 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 STUBS := src/kvferry/proto
 PROTOS := directory gateway inference kvstore worker
 
+# Test files that run at the same time.
+JOBS ?= 2
+
 # Random examples of the kernels' formats; the other deep tests only ask whether it is set.
 DEEP ?= 1000
 
-.PHONY: help demo test test-deep check format proto types imports clean
+.PHONY: help demo test test-deep test-cluster check format proto types imports clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -22,11 +25,14 @@ demo: $(VENV)/.demo  ## install what the demo needs and run it
 	$(BIN)/kvferry demo
 
 test: $(VENV)/.dev  ## install what the tests need and run them
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-deep: $(VENV)/.dev  ## the tests that take more cases when asked: kills, faults, damage, random formats
 	KVFERRY_DEEP=$(DEEP) $(BIN)/python -m pytest tests/faults tests/kvstore/test_disk_backend.py \
 	  tests/kernels/test_cpu_random.py
+
+test-cluster: $(VENV)/.dev  ## kvferry up on three machines made of namespaces, used from a fourth; needs root
+	$(BIN)/python tests/cluster/run.py
 
 check: $(VENV)/.dev  ## formatting, lint, types, import contracts, generated stubs
 	$(BIN)/ruff format --check .

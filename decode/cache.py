@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvferry.decode.memory import HeldKV, SwappedKV
+from kvferry.decode.swap import SwappedOut, swap_in, swap_out
 from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.packed import DecodeBatch, PackedKernels
 
@@ -28,7 +30,7 @@ class StepBatch:
 
 
 class PackedCache:
-    """Tensors only; who owns which block or slot is decided by `BlockPool` and the engine.
+    """`KVMemory` on one device. Tensors only; who owns which block or slot is decided by `BlockPool` and the engine.
 
     pool: uint8 [num_blocks, block_bytes of the layers that see everything]
     rings: uint8 [slot, ring block, block_bytes of the layers with a window]: block i of a sequence is ring block
@@ -59,25 +61,23 @@ class PackedCache:
         self.sinks = torch.zeros((num_slots, *layout.sink_shape), dtype=torch.float16, device=device)
         self.tails = torch.zeros((num_slots, *layout.tail_shape), dtype=torch.float16, device=device)
 
-    def load_block(self, block_id: int, payload: Tensor, block_index: int) -> Tensor:
-        """Copies a stored payload (uint8) into the pool; returns the whole block, for `load_ring`.
+    @property
+    def num_blocks(self) -> int:
+        return self.pool.shape[0]
 
-        Raises ValueError for a wrong size.
-        """
+    def load_block(self, payload: Tensor, block_index: int, *, block_id: int | None, slot: int | None) -> None:
         block, sinks = self.layout.split_payload(payload, block_index)
-        self.pool[block_id].copy_(self.layout.share(block, self.pool_layout))
-        if sinks is not None:
-            self.keep_sinks(block_id, sinks)
-        return block
+        if block_id is not None:
+            self.pool[block_id].copy_(self.layout.share(block, self.pool_layout))
+            if sinks is not None:
+                self.keep_sinks(block_id, sinks)
+        if slot is not None and self.ring_blocks:
+            ring = self.rings[slot, block_index % self.ring_blocks]
+            ring.copy_(self.layout.share(block, self.rings_layout))
 
     def load_layer(
         self, share: Tensor, layer: int, block_index: int, *, block_id: int | None, slot: int | None
     ) -> Tensor | None:
-        """Copies one layer of a stored payload (uint8) into a block of the pool and into a sequence's ring, each where
-        it is not None; returns the layer's sinks of block 0, for `keep_sinks`.
-
-        Raises ValueError for numbers that no block has.
-        """
         pages, sinks = self.layout.split_layer(share, layer, block_index)
         if block_id is not None:
             _put_layer(self.pool[block_id], self.pool_layout, layer, pages)
@@ -86,42 +86,34 @@ class PackedCache:
         return sinks
 
     def in_ring(self, block_index: int, num_blocks: int) -> bool:
-        """Whether a sequence of `num_blocks` complete blocks still needs this one in its ring."""
         return block_index >= num_blocks - self.ring_blocks
-
-    def load_ring(self, slot: int, block: Tensor, block_index: int) -> None:
-        """Copies what layers with a window need of a whole block (uint8) into a sequence's ring."""
-        if self.ring_blocks:
-            ring = self.rings[slot, block_index % self.ring_blocks]
-            ring.copy_(self.layout.share(block, self.rings_layout))
 
     def sinks_of(self, block_id: int) -> Tensor:
         """The sinks that came with a first block."""
         return self._sinks_of_block[block_id]
 
     def keep_sinks(self, block_id: int, sinks: Tensor) -> None:
-        """The sinks of a first block that was written into the pool."""
         self._sinks_of_block[block_id] = sinks.to(self.device)
 
     def forget(self, block_id: int) -> None:
-        """The block's content is given up."""
         self._sinks_of_block.pop(block_id, None)
 
     def use_sinks(self, slot: int, block_id: int) -> None:
-        """Gives a sequence the sinks that came with its first block."""
         self.sinks[slot].copy_(self._sinks_of_block[block_id])
 
     def copy_slot(self, source: int, target: int, *, tail_len: int) -> None:
-        """Gives a sequence the sinks, rings and tail of another one of the same request."""
         self.sinks[target].copy_(self.sinks[source])
         self.rings[target].copy_(self.rings[source])
         self.tails[target, :, :, :, :tail_len].copy_(self.tails[source, :, :, :, :tail_len])
 
-    def load_tail(self, slot: int, tail: bytes) -> int:
-        """Takes a handed-over tail, fp16 [layer][K|V][kv_head][token][D]; returns its tokens.
+    def swap_out(self, held: HeldKV) -> SwappedOut:
+        return swap_out(self, held)
 
-        Raises ValueError when the bytes are not a whole number of tokens of this model, or not fewer than a block.
-        """
+    def swap_in(self, saved: SwappedKV, held: HeldKV, *, present: frozenset[int]) -> None:
+        assert isinstance(saved, SwappedOut)
+        swap_in(self, saved, held, present=present)
+
+    def load_tail(self, slot: int, tail: bytes) -> int:
         layers, two, heads, block_size, dim = self.layout.tail_shape
         tokens, rest = divmod(len(tail), self.layout.bytes_per_token_bf16)
         if rest or tokens >= block_size:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvferry.kvstore.metrics_endpoint import MetricsPlace
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
@@ -27,3 +29,5 @@ class DecodeConfig:
     store is given up much earlier by the store client. What did not come by then is taken from prefill."""
     prefill_timeout_s: float = 600.0
     """Longest wait for a prefill worker, when the request has no deadline of its own."""
+    metrics: MetricsPlace | None = None
+    """Where Prometheus asks; None: nowhere."""

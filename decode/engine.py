@@ -4,44 +4,32 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
 
 import torch
 
-from kvferry.decode.attention import DecodeStep
-from kvferry.decode.cache import PackedCache
+from kvferry.decode.executor import DecodeExecutor, StepInput
 from kvferry.decode.sequence import Sequence, TokenEvent
-from kvferry.kernels.forward import CausalModel, padded_rows
-from kvferry.kernels.packed import PackedKernels
 from kvferry.kernels.sampling import finish_reason, sample
 
 logger = logging.getLogger(__name__)
 
+STEP_SMOOTHING = 0.1
+"""Weight of the newest step in `DecodeEngine.step_seconds`."""
+
 
 class DecodeEngine:
-    """Runs sequences until they finish. They join and leave between steps.
+    """Runs sequences until they finish. They join and leave between steps."""
 
-    The batch is padded to a row count (`pad_rows`) at which a row's bits don't depend on the count, so a sequence's
-    tokens don't depend on its company.
-    """
-
-    def __init__(
-        self,
-        model: CausalModel,
-        kernels: PackedKernels,
-        cache: PackedCache,
-        *,
-        pad_rows: Callable[[int], int] = padded_rows,
-    ) -> None:
-        self._model = model
-        self._kernels = kernels
-        self._cache = cache
-        self._pad_rows = pad_rows
+    def __init__(self, executor: DecodeExecutor) -> None:
+        self._executor = executor
         self._joining: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._wake = threading.Condition()
         self._closing = False
+        self.step_seconds = 0.0
+        """What the last steps took, smoothed; 0 before the first."""
         self._thread = threading.Thread(target=self._loop, name="decode-engine", daemon=True)
         self._thread.start()
 
@@ -80,12 +68,16 @@ class DecodeEngine:
 
     def _loop(self) -> None:
         while sequences := self._gather():
+            started = time.monotonic()
             try:
                 self._step(sequences)
             except Exception as error:  # a failed step ends its sequences, not the worker
                 logger.exception("decode step failed")
                 for sequence in sequences:
                     self._fail(sequence, error)
+                continue
+            taken = time.monotonic() - started
+            self.step_seconds += (taken - self.step_seconds) * (STEP_SMOOTHING if self.step_seconds else 1.0)
         for sequence in (*self._running, *self._joining):
             self._fail(sequence, RuntimeError("the decode worker is shutting down"))
 
@@ -106,13 +98,13 @@ class DecodeEngine:
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Packs the tail if it is full. False when there is no block for it, or it cannot be packed."""
-        if sequence.tail_len < self._cache.layout.block_size:
+        if sequence.tail_len < self._executor.memory.layout.block_size:
             return True
         if sequence.num_blocks == len(sequence.block_ids):
             return False
         try:
             index = sequence.num_blocks
-            self._cache.pack_tail(sequence.slot, sequence.block_ids[index], index=index)
+            self._executor.pack_tail(sequence.slot, sequence.block_ids[index], index=index)
         except Exception as error:  # one sequence's failure must not end the batch
             self._fail(sequence, error)
             return False
@@ -125,19 +117,15 @@ class DecodeEngine:
         """Computes one token of every sequence."""
         for sequence in sequences:
             sequence.tail_len += 1
-        batch = self._cache.batch(
-            block_tables=[s.block_table for s in sequences],
-            slots=[s.slot for s in sequences],
-            tail_lens=[s.tail_len for s in sequences],
+        logits = self._executor.step(
+            StepInput(
+                token_ids=[s.last_token for s in sequences],
+                positions=[s.position for s in sequences],
+                block_tables=[s.block_table for s in sequences],
+                slots=[s.slot for s in sequences],
+                tail_lens=[s.tail_len for s in sequences],
+            )
         )
-        padding = [0] * (self._pad_rows(len(sequences)) - len(sequences))
-        device = self._cache.device
-        hidden = self._model.hidden(
-            torch.tensor([s.last_token for s in sequences] + padding, device=device),
-            torch.tensor([s.position for s in sequences] + padding, device=device),
-            DecodeStep(self._cache, batch, self._kernels),
-        )
-        logits = self._model.logits(hidden)
         for row, sequence in enumerate(sequences):
             self._finish_token(sequence, logits[row])
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvferry.decode.cache import PackedCache
+from kvferry.decode.memory import KVMemory
 from kvferry.decode.pieces import IncomingPieces
 from kvferry.kvstore.codec import Record, RecordDigest, decode_record
 from kvferry.kvstore.errors import KVStoreError
@@ -63,7 +63,7 @@ class BlockFetcher:
         missing: set[int],
         present: frozenset[int],
         slot: int,
-        cache: PackedCache,
+        cache: KVMemory,
         store: Store | None,
         ask_prefill: Callable[[list[int]], Awaitable[None]],
         loaded: Callable[[int], None],
@@ -152,8 +152,7 @@ class BlockFetcher:
             num_tokens=layout.block_size,
             payload_bytes=layout.payload_bytes(index),
         )
-        block_id = None if index in self._present else self._block_ids[index]
-        slot = self._slot if self._cache.in_ring(index, len(self._keys)) else None
+        block_id, slot = self._places(index)
 
         def load(layer: int, share: bytearray) -> None:
             payload = torch.frombuffer(share, dtype=torch.uint8)
@@ -209,13 +208,15 @@ class BlockFetcher:
         if header.block_index != index or header.num_tokens != self._cache.layout.block_size:
             raise ValueError(f"the record says block {header.block_index}, not {index}")
         payload = torch.from_numpy(np.frombuffer(record.payload, np.uint8).copy())
-        if index in self._present:  # others read it: only the ring lacks it
-            block, _ = self._cache.layout.split_payload(payload, index)
-        else:
-            block = self._cache.load_block(self._block_ids[index], payload, index)
-        if self._cache.in_ring(index, len(self._keys)):
-            self._cache.load_ring(self._slot, block, index)
+        block_id, slot = self._places(index)
+        self._cache.load_block(payload, index, block_id=block_id, slot=slot)
         self._finish(index)
+
+    def _places(self, index: int) -> tuple[int | None, int | None]:
+        """Where the block goes: into the pool, unless others read it there already, and into the slot's ring."""
+        block_id = None if index in self._present else self._block_ids[index]
+        slot = self._slot if self._cache.in_ring(index, len(self._keys)) else None
+        return block_id, slot
 
     def _finish(self, index: int) -> None:
         self._missing.discard(index)

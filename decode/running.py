@@ -8,10 +8,9 @@ from contextlib import asynccontextmanager
 from typing import NamedTuple, TypeVar
 
 from kvferry.decode.admission import Admission, Reservation
-from kvferry.decode.cache import PackedCache
 from kvferry.decode.engine import DecodeEngine
+from kvferry.decode.memory import HeldKV, KVMemory
 from kvferry.decode.sequence import Sequence, TokenEvent
-from kvferry.decode.swap import swap_in, swap_out
 
 T = TypeVar("T")
 
@@ -38,7 +37,7 @@ class SequenceGroup:
         self,
         *,
         engine: DecodeEngine,
-        cache: PackedCache,
+        cache: KVMemory,
         admission: Admission,
         room: Reservation,
         max_blocks: int,
@@ -130,7 +129,7 @@ class SequenceGroup:
 
     async def _swap(self) -> None:
         live, prompt = self._live, self._num_prompt_blocks
-        saved = await finish(asyncio.to_thread(swap_out, self._cache, live, num_prompt_blocks=prompt))
+        saved = await finish(asyncio.to_thread(self._cache.swap_out, self._held()))
         own = [s.num_blocks - prompt for s in live]
         spare = [s.num_blocks < self._max_blocks for s in live]
         await self._admission.swap_out(self._room, num_blocks=prompt + sum(own) + sum(spare), num_slots=len(live))
@@ -139,10 +138,19 @@ class SequenceGroup:
             sequence.slot = slot
             sequence.block_ids = self._room.block_ids[:prompt] + [next(rest) for _ in range(num_own + has_spare)]
         present = self._room.shared
-        await finish(asyncio.to_thread(swap_in, self._cache, saved, live, num_prompt_blocks=prompt, present=present))
+        await finish(asyncio.to_thread(self._cache.swap_in, saved, self._held(), present=present))
         if self._prefix_caching:
             for key, block_id in zip(self._room.keys, self._room.block_ids, strict=False):
                 self._admission.pool.publish(block_id, key)
+
+    def _held(self) -> HeldKV:
+        live, prompt = self._live, self._num_prompt_blocks
+        return HeldKV(
+            prompt=live[0].block_ids[:prompt],
+            own=[s.block_ids[prompt : s.num_blocks] for s in live],
+            slots=[s.slot for s in live],
+            tail_lens=[s.tail_len for s in live],
+        )
 
     async def _leave_engine(self) -> None:
         for task in list(self._growing):

@@ -10,15 +10,17 @@ import grpc
 
 from kvferry.decode.admission import RequestTooLarge, WorkerFull
 from kvferry.decode.config import DecodeConfig
+from kvferry.decode.metrics import DecodeMetrics
 from kvferry.decode.prefill_peers import PrefillPeers
 from kvferry.decode.prefill_stream import PrefillFailed, PrefillStream, RemotePrefillStream
 from kvferry.decode.running import DecodeFailed
 from kvferry.decode.warm import AnswerWarmer
 from kvferry.decode.worker import Answer, DecodeWorker, RequestUsage
 from kvferry.kernels.sampling import MAX_TOP_LOGPROBS, SamplingParams
-from kvferry.kvstore.identity import namespace_of
+from kvferry.kvstore.identity import namespace_of, unreadable_because
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.attempts import Attempts, CallEnded, Draining
+from kvferry.proto.request_id import bind_request_id
 from kvferry.proto.trailing_metadata import RETRY_AFTER_KEY
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         self._local_prefill = local_prefill
         self._peers = PrefillPeers()
         self.warmer = AnswerWarmer()
+        self.metrics = DecodeMetrics(info.model_name)
         self.attempts = Attempts()
         """The requests that run here."""
 
@@ -64,6 +67,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
     async def Generate(
         self, request: worker_pb2.DecodeRequest, context: Context
     ) -> AsyncIterator[worker_pb2.TokenChunk]:
+        bind_request_id(request.request_id)
         try:
             with self.attempts.running(request.tenant, request.request_id, request.attempt) as running:
                 await self._check(request, context)
@@ -93,20 +97,34 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         answers = self._worker.generate(
             token_ids=list(request.token_ids),
             sampling=SamplingParams.of(request.sampling),
-            namespace=namespace_of(self._info.identity, tenant=request.tenant, block_size=self._info.block_size),
+            namespace=namespace_of(self._maker(request), tenant=request.tenant, block_size=self._info.block_size),
             open_prefill=lambda missing: self._open_prefill(request, context, missing),
             remaining_s=context.time_remaining(),
             priority=request.priority,
         )
         written: list[int] = []
-        async with aclosing(answers):
-            async for answer in answers:
-                if answer.choice == 0:
-                    written.append(answer.event.token.token_id)
-                chunk = answer_to_pb(answer)
-                chunk.attempt = request.attempt
-                yield chunk
-        self._warm(request, written)
+        usage, finished = None, False
+        try:
+            async with aclosing(answers):
+                async for answer in answers:
+                    usage = answer.usage
+                    self.metrics.tokens.inc()
+                    if answer.choice == 0:
+                        written.append(answer.event.token.token_id)
+                    chunk = answer_to_pb(answer)
+                    chunk.attempt = request.attempt
+                    yield chunk
+            finished = True
+            self._warm(request, written)
+        finally:
+            logger.debug("decoding %s", "finished" if finished else "ended", extra={"fields": {"tokens": len(written)}})
+            self.metrics.ended(
+                usage,
+                finished=finished,
+                num_tokens=len(request.token_ids),
+                block_size=self._info.block_size,
+                bf16_bytes_per_token=self._info.kv_bytes_per_token_bf16,
+            )
 
     async def _check(self, request: worker_pb2.DecodeRequest, context: Context) -> None:
         total = len(request.token_ids) + request.sampling.max_tokens
@@ -130,6 +148,16 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             problem = "prefill_address is empty, and this worker has not the role prefill"
         if problem:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        if fields := unreadable_because(self._info.identity, self._maker(request)):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this decode worker cannot read the prefill worker's blocks: {' and '.join(fields)} differ; "
+                "start all workers from the same configuration",
+            )
+
+    def _maker(self, request: worker_pb2.DecodeRequest) -> worker_pb2.ModelIdentity:
+        """Of the worker whose blocks the request uses."""
+        return request.prefill_identity if request.HasField("prefill_identity") else self._info.identity
 
     def _open_prefill(self, request: worker_pb2.DecodeRequest, context: Context, missing: list[int]) -> PrefillStream:
         remaining = context.time_remaining()
@@ -140,7 +168,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
                 tenant=request.tenant,
                 token_ids=request.token_ids,
                 sampling=request.sampling,
-                identity=self._info.identity,
+                identity=self._maker(request),
                 priority=request.priority,
                 attempt=request.attempt,
                 pieces=worker_pb2.PieceRequest(blocks=missing),
@@ -161,7 +189,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
             request_id=request.request_id,
             tenant=request.tenant,
             token_ids=[*request.token_ids, *written],
-            identity=self._info.identity,
+            identity=self._maker(request),
             priority=request.priority,
             warm=True,
         )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvferry.decode.cache import PackedCache
-from kvferry.decode.sequence import Sequence
+from kvferry.decode.memory import HeldKV
+
+if TYPE_CHECKING:
+    from kvferry.decode.cache import PackedCache
 
 
 @dataclass(frozen=True)
 class SwappedOut:
-    """Byte for byte what the pool held; the tensors are copies and in host memory."""
+    """`SwappedKV` of one device; the tensors are copies and in host memory."""
 
     prompt_blocks: Tensor
     """uint8 [prompt block, block_bytes]; the request's sequences share them."""
@@ -31,44 +33,39 @@ class SwappedOut:
         return sum(t.nbytes for t in (self.prompt_blocks, *self.own_blocks, *self.sinks, *self.rings, *self.tails))
 
 
-def swap_out(cache: PackedCache, sequences: SequenceOf[Sequence], *, num_prompt_blocks: int) -> SwappedOut:
-    """Copies what `sequences`, at least one, of one request hold. Their state must be at rest."""
-    prompt = sequences[0].block_ids[:num_prompt_blocks]
+def swap_out(cache: PackedCache, held: HeldKV) -> SwappedOut:
+    """Copies what the sequences, at least one, of one request hold. Their state must be at rest."""
     return SwappedOut(
-        prompt_blocks=_blocks(cache, prompt),
-        prompt_sinks=cache.sinks_of(prompt[0]) if prompt else None,
-        own_blocks=[_blocks(cache, s.block_ids[num_prompt_blocks : s.num_blocks]) for s in sequences],
-        sinks=[cache.sinks[s.slot].to("cpu", copy=True) for s in sequences],
-        rings=[cache.rings[s.slot].to("cpu", copy=True) for s in sequences],
-        tails=[cache.tails[s.slot, :, :, :, : s.tail_len].to("cpu", copy=True) for s in sequences],
+        prompt_blocks=_blocks(cache, held.prompt),
+        prompt_sinks=cache.sinks_of(held.prompt[0]) if held.prompt else None,
+        own_blocks=[_blocks(cache, block_ids) for block_ids in held.own],
+        sinks=[cache.sinks[slot].to("cpu", copy=True) for slot in held.slots],
+        rings=[cache.rings[slot].to("cpu", copy=True) for slot in held.slots],
+        tails=[
+            cache.tails[slot, :, :, :, :tail_len].to("cpu", copy=True)
+            for slot, tail_len in zip(held.slots, held.tail_lens, strict=True)
+        ],
     )
 
 
-def swap_in(
-    cache: PackedCache,
-    saved: SwappedOut,
-    sequences: SequenceOf[Sequence],
-    *,
-    num_prompt_blocks: int,
-    present: frozenset[int],
-) -> None:
-    """Writes everything back, into the slots and blocks that `sequences` name now.
+def swap_in(cache: PackedCache, saved: SwappedOut, held: HeldKV, *, present: frozenset[int]) -> None:
+    """Writes everything back, into the slots and blocks that `held` names.
 
     `present`: indices of prompt blocks that are in the pool already.
     """
-    for index, block_id in enumerate(sequences[0].block_ids[:num_prompt_blocks]):
+    for index, block_id in enumerate(held.prompt):
         if index not in present:
             cache.pool[block_id].copy_(saved.prompt_blocks[index])
             if index == 0 and saved.prompt_sinks is not None:
                 cache.keep_sinks(block_id, saved.prompt_sinks)
-    of_sequences = zip(sequences, saved.own_blocks, saved.sinks, saved.rings, saved.tails, strict=True)
-    for s, blocks, sinks, ring, tail in of_sequences:
-        own = s.block_ids[num_prompt_blocks : s.num_blocks]
+    for own, blocks in zip(held.own, saved.own_blocks, strict=True):
         for block_id, block in zip(own, blocks, strict=True):
             cache.pool[block_id].copy_(block)
-        cache.sinks[s.slot].copy_(sinks)
-        cache.rings[s.slot].copy_(ring)
-        cache.tails[s.slot, :, :, :, : s.tail_len].copy_(tail)
+    of_sequences = zip(held.slots, held.tail_lens, saved.sinks, saved.rings, saved.tails, strict=True)
+    for slot, tail_len, sinks, ring, tail in of_sequences:
+        cache.sinks[slot].copy_(sinks)
+        cache.rings[slot].copy_(ring)
+        cache.tails[slot, :, :, :, :tail_len].copy_(tail)
 
 
 def _blocks(cache: PackedCache, block_ids: list[int]) -> Tensor:

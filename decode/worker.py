@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from kvferry.decode.admission import Admission, Reservation
 from kvferry.decode.block_pool import BlockPool
-from kvferry.decode.cache import PackedCache
 from kvferry.decode.config import DecodeConfig
 from kvferry.decode.engine import DecodeEngine
 from kvferry.decode.fetch import BlockFetcher, TransferUsage
 from kvferry.decode.handoff import HandoffReceiver
+from kvferry.decode.memory import KVMemory
 from kvferry.decode.prefill_stream import PrefillStream
 from kvferry.decode.running import SequenceGroup
 from kvferry.decode.sequence import Sequence, TokenEvent
@@ -54,7 +54,7 @@ class DecodeWorker:
         self,
         *,
         engine: DecodeEngine,
-        cache: PackedCache,
+        cache: KVMemory,
         store: Store | None,
         config: DecodeConfig,
     ) -> None:
@@ -62,7 +62,7 @@ class DecodeWorker:
         self._cache = cache
         self._store = store
         self._config = config
-        self._pool = BlockPool(cache.pool.shape[0], on_drop=cache.forget)
+        self._pool = BlockPool(cache.num_blocks, on_drop=cache.forget)
         self.admission = Admission(self._pool, num_slots=config.max_num_seqs, max_waiting=config.max_waiting)
 
     async def generate(

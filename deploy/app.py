@@ -23,17 +23,19 @@ from typing import Any, Self
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # else a line of one worker hides a similar one of another
 
 import ray
 import torch
 
 from kvferry.decode.config import DecodeConfig
-from kvferry.deploy.assembly import make_gateway, model_config
+from kvferry.deploy.assembly import decode_config, make_gateway, model_config, prefill_config
 from kvferry.deploy.models import find_model
+from kvferry.deploy.rank_counts import RankCounts, threads_of_rank
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
-from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
+from kvferry.kvstore.process_logs import LogConfig, configure_logs
 from kvferry.kvstore.ring_config import RingConfig
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.kvstore.store_config import make_backend
@@ -47,15 +49,24 @@ RAY_OBJECT_STORE_BYTES = 80_000_000
 """Ray's smallest object store: nothing of ours goes through it."""
 
 
-class StoreActor:
+class LoggingActor:
+    """Logs as the deployment's settings say."""
+
+    async def log_as(self, config: LogConfig, name: str) -> None:
+        configure_logs(config, process=name)
+
+
+class StoreActor(LoggingActor):
     """A KV store node."""
 
     async def start(self, settings: Settings, index: int) -> str:
-        _log_to_stderr()
         tune_malloc()
         store = settings.store
         backend = await asyncio.to_thread(make_backend, store.store_config(index))
-        self._server = KVStoreServer(backend, NodeConfig(host=store.host, port=store.port and store.port + index))
+        config = dataclasses.replace(
+            store.node_config(index), metrics=settings.metrics.place(store.port and store.port + index)
+        )
+        self._server = KVStoreServer(backend, config)
         await self._server.start()
         return self._server.address
 
@@ -66,7 +77,7 @@ class StoreActor:
         return os.getpid()
 
 
-class WorkerActor:
+class WorkerActor(LoggingActor):
     """A prefill or decode worker: `config` decides which. With `own_prefill`, a decode worker with both roles."""
 
     async def start(
@@ -78,7 +89,6 @@ class WorkerActor:
         own_prefill: PrefillConfig | None,
         store_cache_bytes: int | None,
     ) -> str:
-        _log_to_stderr()
         tune_malloc()
         torch.set_num_threads(threads)
         self._runtime = await asyncio.to_thread(ModelRuntime, model)
@@ -102,11 +112,10 @@ class WorkerActor:
         return os.getpid()
 
 
-class GatewayActor:
+class GatewayActor(LoggingActor):
     """The gateway; ready when it could serve a request."""
 
     async def start(self, settings: Settings, prefill: list[str], decode: list[str]) -> str:
-        _log_to_stderr()
         self._server = await make_gateway(settings, prefill=prefill, decode=decode)
         port = await self._server.start()
         await self._server.wait_until_serving(60)
@@ -162,7 +171,12 @@ class Deployment:
     def _start(self) -> None:
         settings = self.settings
         started = time.monotonic()
+        if settings.gateway.count != 1:
+            raise ValueError(
+                "gateway.count: one machine has one gateway; other numbers are for a cluster, see kvferry up"
+            )
         find_model(settings.model)  # a wrong name should fail before anything starts; converts a GGUF file once
+        ranks = RankCounts.of(settings)
         workers = settings.prefill.count + settings.decode.count
         self._ray_dir = tempfile.mkdtemp(prefix="kvferry-ray-")
         ray.init(
@@ -174,41 +188,41 @@ class Deployment:
             log_to_driver=logger.isEnabledFor(logging.INFO),
             logging_level=logging.WARNING,
         )
-        gpus = min(1.0, ray.cluster_resources().get("GPU", 0) / workers)
+        present = ray.cluster_resources().get("GPU", 0)
+
+        def gpus(wanted: float | None, size: int) -> float:
+            return ranks.gpus(size, available=present) if wanted is None else wanted
+
         self.store = ring = settings.store.ring_config(settings.store.nodes or self._start_nodes())
         model = model_config(settings)
-        threads = settings.threads or os.cpu_count() or 1
+        cores = os.cpu_count() or 1
         prefill_configs = [
-            PrefillConfig(
-                host=settings.prefill.host,
-                port=settings.prefill.port and settings.prefill.port + i,
-                max_requests=settings.prefill.max_requests,
-                fetch=settings.prefill.fetch,
+            prefill_config(
+                settings, host=settings.prefill.host, port=settings.prefill.port and settings.prefill.port + i
             )
             for i in range(settings.prefill.count)
         ]
-        own_prefill = (
-            None
-            if prefill_configs
-            else PrefillConfig(max_requests=settings.prefill.max_requests, fetch=settings.prefill.fetch)
-        )
+        own_prefill = None if prefill_configs else prefill_config(settings)
         decode_configs = [
-            DecodeConfig(
-                host=settings.decode.host,
-                port=settings.decode.port and settings.decode.port + i,
-                kv_memory=settings.decode.kv_memory,
-                max_num_seqs=settings.decode.max_num_seqs,
-                prefix_caching=settings.decode.prefix_caching,
-                publish_answers=settings.decode.publish_answers,
-            )
+            decode_config(settings, host=settings.decode.host, port=settings.decode.port and settings.decode.port + i)
             for i in range(settings.decode.count)
         ]
         cache = settings.store.worker_cache
         pending = {
-            name: self._begin(name, WorkerActor, model, config, ring, threads, own_prefill, cache, num_gpus=gpus)
-            for name, config in (
-                *((f"prefill-{i}", c) for i, c in enumerate(prefill_configs)),
-                *((f"decode-{i}", c) for i, c in enumerate(decode_configs)),
+            name: self._begin(
+                name,
+                WorkerActor,
+                dataclasses.replace(model, tensor_parallel=size),
+                config,
+                ring,
+                threads_of_rank(settings, size, num_cores=cores),
+                own_prefill,
+                cache,
+                num_gpus=gpus(wanted, size),
+            )
+            for name, config, size, wanted in (
+                *((f"prefill-{i}", c, ranks.prefill, settings.prefill.gpus) for i, c in enumerate(prefill_configs)),
+                *((f"decode-{i}", c, ranks.decode, settings.decode.gpus) for i, c in enumerate(decode_configs)),
             )
         }
         addresses = {name: self._finish(name, start) for name, start in pending.items()}
@@ -248,6 +262,7 @@ class Deployment:
     def _begin(self, name: str, actor: type, *args: object, num_gpus: float = 0) -> Any:
         handle = ray.remote(actor).options(num_cpus=1, num_gpus=num_gpus, max_restarts=0).remote()
         self._actors[name] = handle
+        handle.log_as.remote(self.settings.log.config(), name)
         return handle.start.remote(*args)
 
     def _finish(self, name: str, start: Any) -> str:
@@ -259,8 +274,3 @@ class Deployment:
         self.processes[name] = ray.get(self._actors[name].pid.remote(), timeout=STOP_TIMEOUT_S)
         logger.info("%s is up on %s", name, address)
         return address
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -9,6 +9,7 @@ from kvferry.deploy.config import GatewayConfig, ModelLimits, RequestLimits
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.membership import Membership
 from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tokenizer_digest
+from kvferry.deploy.routing.router import Router
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig
@@ -29,13 +30,20 @@ def model_config(settings: Settings) -> ModelConfig:
 
 
 def prefill_config(settings: Settings, *, host: str = "127.0.0.1", port: int = 0) -> PrefillConfig:
-    return PrefillConfig(host=host, port=port, max_requests=settings.prefill.max_requests, fetch=settings.prefill.fetch)
+    return PrefillConfig(
+        host=host,
+        port=port,
+        metrics=settings.metrics.place(port),
+        max_requests=settings.prefill.max_requests,
+        fetch=settings.prefill.fetch,
+    )
 
 
 def decode_config(settings: Settings, *, host: str, port: int) -> DecodeConfig:
     return DecodeConfig(
         host=host,
         port=port,
+        metrics=settings.metrics.place(port),
         kv_memory=settings.decode.kv_memory,
         max_num_seqs=settings.decode.max_num_seqs,
         prefix_caching=settings.decode.prefix_caching,
@@ -49,9 +57,10 @@ async def make_gateway(
     prefill: list[str] | tuple[str, ...] = (),
     decode: list[str] | tuple[str, ...] = (),
     membership: Membership | None = None,
+    router: Router | None = None,
 ) -> GatewayServer:
     """A gateway for these workers, or for those of `membership`, not started. Reads the model's tokenizer and
-    configuration, not its weights."""
+    configuration, not its weights. `router`: None: as the settings say."""
     from transformers import AutoConfig
 
     source = await asyncio.to_thread(find_model, settings.model)
@@ -66,7 +75,10 @@ async def make_gateway(
             prefill_workers=tuple(prefill),
             host=gateway.host,
             port=gateway.port,
+            metrics=settings.metrics.place(gateway.port),
             tenant=gateway.tenant,
+            router=gateway.router,
+            router_memory=gateway.router_memory,
             eos_token_ids=tuple(end_token_ids(source, tokenizer)),
             tokenizer_digest=tokenizer_digest(tokenizer),
             limits=RequestLimits(
@@ -80,4 +92,5 @@ async def make_gateway(
         tokenizer=tokenizer,
         model=ModelLimits(max_model_len=min(settings.max_model_len or window, window), vocab_size=config.vocab_size),
         membership=membership,
+        router=router,
     )

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import xxhash
 
+from kvferry.deploy.bench_store_peer import mooncake_contenders
 from kvferry.deploy.bench_store_tcp import tcp_seconds
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.codec import encode_record
@@ -75,15 +77,17 @@ def bench_store(
     rounds: int = 7,
     bytes_a_round: int = 64_000_000,
     redis_server: str | None = None,
+    peer_python: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> StoreRates:
     """Starts the processes, measures and ends them. Without a Redis server the Redis contenders are left out.
+    `peer_python`: an interpreter with Mooncake's package; None: no peer.
 
     Raises RuntimeError when a process does not start, KVStoreError when a store call fails.
     """
     tune_malloc()
     server = redis_server or find_redis_server()
-    rates = asyncio.run(_measure_all(record_bytes, rounds, bytes_a_round, server, progress))
+    rates = asyncio.run(_measure_all(record_bytes, rounds, bytes_a_round, server, peer_python, progress))
     return StoreRates(rates, rounds, bytes_a_round, os.cpu_count() or 1, os.getloadavg()[0])
 
 
@@ -112,7 +116,12 @@ def print_store_rates(results: StoreRates) -> None:
 
 
 async def _measure_all(
-    sizes: list[int], rounds: int, bytes_a_round: int, server: str | None, progress: Callable[[str], None]
+    sizes: list[int],
+    rounds: int,
+    bytes_a_round: int,
+    server: str | None,
+    peer_python: Path | None,
+    progress: Callable[[str], None],
 ) -> list[Rate]:
     rates: list[Rate] = []
     with tempfile.TemporaryDirectory(prefix="kvferry-bench-") as folder:
@@ -120,6 +129,9 @@ async def _measure_all(
             count = max(2, min(2000, bytes_a_round // size))
             async with AsyncExitStack() as stack:
                 contenders = await _contenders(stack, Path(folder) / str(size), size, count, server)
+                if peer_python is not None:
+                    peers = await mooncake_contenders(stack, peer_python, size, count)
+                    contenders |= {name: (run, "plain TCP get") for name, run in peers.items()}
                 seconds: dict[str, list[float]] = {name: [] for name in contenders}
                 for number in range(rounds + 1):
                     for name, (run, _) in contenders.items():
@@ -152,10 +164,11 @@ async def _contenders(
     connection = stack.enter_context(_tcp_server())
     contenders: dict[str, tuple[Contender, str]] = {}
 
-    def tcp(put: bool) -> Contender:
-        return lambda: asyncio.to_thread(tcp_seconds, connection, put=put, count=count, size=size)
+    def tcp(put: bool, distinct: bool = False) -> Contender:
+        return lambda: asyncio.to_thread(tcp_seconds, connection, put=put, count=count, size=size, distinct=distinct)
 
     contenders["plain TCP get"] = (tcp(False), "plain TCP get")
+    contenders["plain TCP get, different messages"] = (tcp(False, distinct=True), "plain TCP get")
     contenders["plain TCP put"] = (tcp(True), "plain TCP put")
 
     async def sha256() -> float:
@@ -165,9 +178,19 @@ async def _contenders(
         return time.perf_counter() - start
 
     contenders["SHA-256 alone, one thread"] = (sha256, "plain TCP get")
+
+    async def xxh3() -> float:
+        start = time.perf_counter()
+        for _, record in records:
+            xxhash.xxh3_128_digest(record)
+        return time.perf_counter() - start
+
+    contenders["XXH3-128 alone, one thread"] = (xxh3, "plain TCP get")
     memory = await stack.enter_async_context(_node(folder, "memory", "--memory", "4GiB"))
+    over_grpc = await stack.enter_async_context(StoreClient(_client_config(memory.address, use_bulk=False)))
     contenders["node get: memory"] = (_get(memory, keys), "plain TCP get")
-    contenders["node get: memory, no client checks"] = (_unchecked_get(stack, memory, keys), "plain TCP get")
+    contenders["node get: memory, over gRPC"] = (_get(over_grpc, keys), "plain TCP get")
+    contenders["node get: memory, over gRPC, unchecked"] = (_unchecked_get(stack, memory, keys), "plain TCP get")
     contenders["node put: memory"] = (_put(memory, records), "plain TCP put")
     if size <= 1 << 20:
         contenders["node put_many: memory"] = (_put_many(memory, records), "plain TCP put")
@@ -238,7 +261,10 @@ def _get(client: StoreClient, keys: list[bytes]) -> Contender:
         start = time.perf_counter()
         async for _ in client.get(keys, namespace=_NAMESPACE, timeout_s=CALL_TIMEOUT_S):
             pass
-        return time.perf_counter() - start
+        taken = time.perf_counter() - start
+        if client.counters.bulk_fallbacks:
+            raise RuntimeError("a get went over gRPC though the node has a bulk port")
+        return taken
 
     return run
 
@@ -295,9 +321,12 @@ async def _node(folder: Path, name: str, *arguments: str) -> AsyncIterator[Store
     with ExitStack() as stack:
         line = stack.enter_context(_process(command, folder / f"{name}.log", "serving on "))
         address = line.split("serving on ")[1].split(",")[0]
-        config = ClientConfig(address=address, lookup_timeout_s=30.0, progress_timeout_s=30.0)
-        async with StoreClient(config) as client:
+        async with StoreClient(_client_config(address)) as client:
             yield client
+
+
+def _client_config(address: str, *, use_bulk: bool = True) -> ClientConfig:
+    return ClientConfig(address=address, lookup_timeout_s=30.0, progress_timeout_s=30.0, use_bulk=use_bulk)
 
 
 @contextlib.contextmanager

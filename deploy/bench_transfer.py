@@ -63,6 +63,9 @@ class TransferCase:
     ttft_packed_s: float | None
     ttft_bf16_s: float | None
     ttft_recompute_s: float
+    fetch_packed_s: float | None
+    """Of a hit: from the look-up until all of its blocks are there and checked."""
+    fetch_bf16_s: float | None
     wire_bytes_packed: float | None
     """That crossed the link for a hit, both directions, all headers included."""
     wire_bytes_bf16: float | None
@@ -282,6 +285,7 @@ async def _one_round(
             wanted = (len(prompt) - 1) // machines.block_size[kind] * machines.block_size[kind]
             if hit.said["cached_tokens"] == wanted:
                 rounds.add(f"ttft_{kind}_{path}", hit.said["ttft_s"])
+                rounds.add(f"fetch_{kind}_{path}", hit.said["fetch_s"])
                 rounds.add(f"bytes_{kind}_{path}", hit.wire_bytes)
             else:
                 got = hit.said["cached_tokens"]
@@ -317,6 +321,8 @@ def _case(plan: TransferPlan, rounds: _Rounds, link: str, path: str, length: int
         ttft_packed_s=rounds.median(f"ttft_{PACKED}_{path}"),
         ttft_bf16_s=rounds.median(f"ttft_{BF16}_{path}"),
         ttft_recompute_s=rounds.known("ttft_recompute"),
+        fetch_packed_s=rounds.median(f"fetch_{PACKED}_{path}"),
+        fetch_bf16_s=rounds.median(f"fetch_{BF16}_{path}"),
         wire_bytes_packed=rounds.median(f"bytes_{PACKED}_{path}"),
         wire_bytes_bf16=rounds.median(f"bytes_{BF16}_{path}"),
         exposed_s=rounds.known(f"exposed_{PACKED}"),

@@ -137,6 +137,7 @@ class Peer:
             "jct_s": arrivals[-1] - started,
             "transfer_s": usage.transfer_seconds,
             "after_prefill_s": times["done"] - times["started"] - computing if "done" in times else None,
+            "fetch_s": usage.prefill.fetch_seconds,
             "cached_tokens": usage.prefill.num_cached_tokens,
         }
 

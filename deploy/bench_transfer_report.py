@@ -14,9 +14,13 @@ from kvferry.deploy.plotting import require_matplotlib
 def print_transfer(results: TransferResults) -> None:
     """Two tables: hits, and hand-overs."""
     plan = results.plan
-    console = Console(width=140)
-    hits = Table(title=f"Hits on another machine, {plan.preset} against fp16 blocks: TTFT in s, MB on the wire")
-    for heading in ("link", "path", "tokens", "packed", "bf16", "recompute", "MB packed", "MB bf16", "fewer bytes"):
+    console = Console(width=160)
+    hits = Table(
+        title=f"Hits on another machine, {plan.preset} against fp16 blocks: TTFT and fetch in s, MB on the wire"
+    )
+    ttft = ("packed", "bf16", "recompute")
+    wire = ("fetch packed", "fetch bf16", "less time", "MB packed", "MB bf16", "fewer bytes")
+    for heading in ("link", "path", "tokens", *ttft, *wire):
         hits.add_column(heading, justify="left" if heading in ("link", "path") else "right")
     for case in results.cases:
         hits.add_row(
@@ -26,6 +30,9 @@ def print_transfer(results: TransferResults) -> None:
             _seconds(case.ttft_packed_s),
             _seconds(case.ttft_bf16_s),
             _seconds(case.ttft_recompute_s),
+            _seconds(case.fetch_packed_s),
+            _seconds(case.fetch_bf16_s),
+            _ratio(case.fetch_bf16_s, case.fetch_packed_s),
             _megabytes(case.wire_bytes_packed),
             _megabytes(case.wire_bytes_bf16),
             _ratio(case.wire_bytes_bf16, case.wire_bytes_packed),

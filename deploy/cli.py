@@ -15,21 +15,26 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from kvferry.deploy.bench_router.command import bench_router_command
 from kvferry.deploy.bench_serve.command import bench_serve_command
 from kvferry.deploy.cli_bench import bench_decode_command, bench_memory_command
 from kvferry.deploy.cli_bench_store import bench_store_command
 from kvferry.deploy.cli_bench_transfer import bench_transfer_command
 from kvferry.deploy.cli_chooser import bench_chooser_command
+from kvferry.deploy.cli_config import config as config_commands
+from kvferry.deploy.cli_doctor import doctor_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.cli_prefetch import prefetch_prompt
 from kvferry.deploy.cli_prefill import bench_prefill_command
 from kvferry.deploy.cli_processes import register as register_processes
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
+from kvferry.deploy.cluster.commands import add_cluster_commands
 from kvferry.deploy.prefix.commands import prefix
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.store_settings import disk_options
+from kvferry.kvstore.process_logs import configure_logs
 
 app = typer.Typer(
     name="kvferry",
@@ -51,9 +56,13 @@ bench.command("decode")(bench_decode_command)
 bench.command("memory")(bench_memory_command)
 bench.command("chooser")(bench_chooser_command)
 bench.command("transfer")(bench_transfer_command)
+bench.command("router")(bench_router_command)
 app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
+app.command("doctor")(doctor_command)
 app.add_typer(prefix, name="prefix")
+app.add_typer(config_commands, name="config")
+add_cluster_commands(app)
 register_processes(app)
 
 STATIC_TARGETS = ("sm_80", "sm_90")
@@ -101,7 +110,7 @@ def serve(
         decode={"kv_memory": kv_memory},
         store={"memory": store_memory, "disk": disk_options(store_disk, store_disk_bytes), "redis": redis},
     )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    configure_logs(settings.log.config(), process="serve")
     stopping = threading.Event()
     try:
         with Deployment(settings) as deployment:
@@ -208,21 +217,6 @@ def demo(
         fail(str(error))
     if not identical:
         fail("a repeated request did not give the tokens of the first one")
-
-
-@app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-) -> None:
-    """Say what would run on this machine and why; what makes it slow is marked as a warning."""
-    from kvferry.deploy.doctor import examine, print_findings
-
-    findings = examine()
-    if as_json:
-        warnings = sum(finding.warns for finding in findings)
-        print(json.dumps({"warnings": warnings, "findings": [asdict(finding) for finding in findings]}, indent=2))
-    else:
-        print_findings(findings)
 
 
 @bench.command("kernels")

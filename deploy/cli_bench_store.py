@@ -24,6 +24,10 @@ def bench_store_command(
     redis_server: Annotated[
         Path | None, typer.Option(help="Redis or Valkey server to start; else one on the path, if any.")
     ] = None,
+    peer_python: Annotated[
+        Path | None,
+        typer.Option(help="Also measure a peer: a Python that has mooncake-transfer-engine-non-cuda installed."),
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
 ) -> None:
     """Records through a store node (memory, disk, Redis) against a plain socket and redis-py, in one run."""
@@ -36,6 +40,7 @@ def bench_store_command(
             rounds=rounds,
             bytes_a_round=parse_size(round_size),
             redis_server=None if redis_server is None else str(redis_server),
+            peer_python=peer_python,
             progress=lambda line: print(line, file=sys.stderr, flush=True),
         )
         print_store_rates(results)

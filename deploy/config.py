@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvferry.deploy.routing.policies import Policy
+from kvferry.deploy.routing.prefix import DEFAULT_INDEX_BYTES
+from kvferry.kvstore.metrics_endpoint import MetricsPlace
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits:
@@ -49,8 +53,11 @@ class GatewayConfig:
     eos_token_ids: tuple[int, ...] = ()
     tokenizer_digest: bytes = b""  # of the gateway's tokenizer; workers with another one are not used
     limits: RequestLimits = field(default_factory=RequestLimits)
+    router: Policy = "prefix"
+    router_memory: int = DEFAULT_INDEX_BYTES  # bytes to remember where blocks are
     poll_interval_s: float = 0.8  # how often workers are asked what they are
     poll_timeout_s: float = 1.0  # two unanswered polls: the worker is silent, its requests go elsewhere
+    metrics: MetricsPlace | None = None  # where Prometheus asks; None: nowhere
 
     def __post_init__(self) -> None:
         _require(bool(self.model_name), "model_name is empty")

@@ -6,7 +6,6 @@ client ──Generate──▶ gateway ──Decode.Generate──▶ decode wor
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator
@@ -35,17 +34,19 @@ from kvferry.deploy.interceptor import seconds_left
 from kvferry.deploy.membership import Lease
 from kvferry.deploy.prompt import PromptEncoder, Tokenizer
 from kvferry.deploy.received import Received
-from kvferry.deploy.router import Router
+from kvferry.deploy.request_record import request_record
+from kvferry.deploy.routing.candidates import numerics_class
+from kvferry.deploy.routing.router import Route, RoutedRequest, Router
 from kvferry.deploy.sampling import SamplingRules
 from kvferry.deploy.warm_prompt import warm_prompt
 from kvferry.deploy.worker_pool import PooledWorker, WorkerPair, WorkerPool
 from kvferry.proto import gateway_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
 from kvferry.proto.attempts import Attempts, Draining, Fenced, Superseded
+from kvferry.proto.request_id import REQUEST_ID, bind_request_id
 
 _logger = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MAX_ATTEMPTS = 3
 _MAX_DRAINING = 13
 ATTEMPTS_OF_A_GATEWAY = 256
@@ -88,6 +89,16 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self.counters = GatewayCounters()
         self._lease: Lease | None = None
 
+    @property
+    def num_running(self) -> int:
+        """Requests to `Generate` that have a turn."""
+        return self._answering.num_running
+
+    @property
+    def num_queued(self) -> int:
+        """Requests to `Generate` that wait for one."""
+        return self._answering.num_queued
+
     def close(self) -> None:
         self._prompts.close()
 
@@ -105,11 +116,12 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         with self._unique_request_id(request) as (request_id, attempt):
             self._check_serving()
             async with self._answering.slot():
+                request_record().admitted()
                 token_ids = await self._prompts.encode(request)
                 self._sampling.fit_max_tokens(
                     params,
                     num_prompt_tokens=len(token_ids),
-                    max_model_len=self._max_model_len(self._pool.pairs()),
+                    max_model_len=self._max_model_len(),
                 )
                 decode_request = worker_pb2.DecodeRequest(
                     request_id=request_id,
@@ -143,21 +155,23 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._check_serving()
         async with self._warming.slot():
             token_ids = await self._prompts.encode(request)
-            max_model_len = self._max_model_len(self._pool.pairs())
+            max_model_len = self._max_model_len()
             if len(token_ids) >= max_model_len:
                 raise PromptTooLong(
                     f"The prompt has {len(token_ids):,} tokens; the model takes {max_model_len - 1:,} and an answer."
                 )
-            pair = self._pick(worker_pb2.DecodeRequest(token_ids=token_ids), ())
-            worker = pair.prefill or pair.decode
-            usage = await warm_prompt(
-                worker,
-                token_ids,
-                request_id=secrets.token_hex(16),
-                tenant=self._config.tenant,
-                priority=request.priority,
-                timeout_s=max(deadline - time.monotonic(), 0.001),
-            )
+            warmed = worker_pb2.DecodeRequest(tenant=self._config.tenant, token_ids=token_ids)
+            route = self._pick(warmed, (), warm=True)
+            worker = route.prefill or route.decode
+            with route.prefilling():
+                usage = await warm_prompt(
+                    worker,
+                    token_ids,
+                    request_id=secrets.token_hex(16),
+                    tenant=self._config.tenant,
+                    priority=request.priority,
+                    timeout_s=max(deadline - time.monotonic(), 0.001),
+                )
         size = worker.info.block_size if worker.info else 0
         return inference_pb2.WarmReply(
             prompt_tokens=len(token_ids),
@@ -174,19 +188,17 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self._prompts.check(request)
         async with self._counting.slot():
             token_ids = await self._prompts.encode(request)
-        return inference_pb2.CountTokensReply(
-            tokens=len(token_ids), max_model_len=self._max_model_len(self._pool.pairs())
-        )
+        return inference_pb2.CountTokensReply(tokens=len(token_ids), max_model_len=self._max_model_len())
 
     async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Any) -> inference_pb2.ListModelsReply:
         """The served model, or nothing while no workers can serve it."""
-        pairs = self._pool.pairs()
-        info = pairs[0].decode.info if pairs else None
+        candidates = self._pool.candidates()
+        info = candidates.groups[0].decodes[0].info if candidates else None
         if info is None:
             return inference_pb2.ListModelsReply()
         model = inference_pb2.Model(
             id=self._config.model_name,
-            max_model_len=self._max_model_len(pairs),
+            max_model_len=self._max_model_len(),
             effective_bits=info.effective_bits,
             kernels=info.kernels,
         )
@@ -197,15 +209,23 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncGenerator[tuple[inference_pb2.GenerateChunk, WorkerPair], None]:
         """The answers from one pair of workers; from others where the first ones are lost, without what was sent."""
         failed: list[PooledWorker] = []
+        classes: tuple[bytes, bytes] | None = None  # of the first pair: another one has to say again what it has sent
         num_lost = 0
         try:
             for _ in range(_MAX_ATTEMPTS + _MAX_DRAINING):
-                pair = self._pick(request, failed)
+                route = self._pick(request, failed, classes=classes)
+                pair = WorkerPair(route.decode, route.prefill)
                 request.prefill_address = pair.prefill.address if pair.prefill else ""
+                request.ClearField("prefill_identity")
+                if pair.prefill and pair.prefill.info:
+                    request.prefill_identity.CopyFrom(pair.prefill.info.identity)
+                classes = classes or (numerics_class(pair.decode), numerics_class(pair.prefill or pair.decode))
+                request_record().assigned(pair.decode.address, pair.prefill_address)
                 with ExitStack() as decoding, ExitStack() as prefilling:
                     decoding.enter_context(pair.decode.in_use())
                     if pair.prefill:
                         prefilling.enter_context(pair.prefill.in_use())
+                    prefilling.enter_context(route.prefilling())
                     try:
                         chunks = decode(pair, request, answers, deadline)
                         async with aclosing(chunks):
@@ -216,7 +236,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                     except WorkerLost as error:
                         num_lost += not isinstance(error, WorkerDraining)
                         self._after_loss(error, pair, failed, is_last=num_lost >= _MAX_ATTEMPTS)
-                        _logger.warning("request %s goes to other workers: %s", request.request_id, error)
+                        _logger.warning("a request goes to other workers: %s", error)
                 request.attempt += 1
             raise NoWorker("Every worker that was asked is about to end.")
         finally:
@@ -229,24 +249,31 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         failed += pair.workers
         if is_last:
             raise error
-        if not self._pairs_without(failed):
+        if not self._pool.candidates().without(failed):
             raise WorkerLost(f"{error} No other worker is ready.") from None
         self.counters.num_failovers += 1
         self.counters.num_draining_workers += isinstance(error, WorkerDraining)
 
-    def _pick(self, request: worker_pb2.DecodeRequest, failed: Collection[PooledWorker]) -> WorkerPair:
+    def _pick(
+        self,
+        request: worker_pb2.DecodeRequest,
+        failed: Collection[PooledWorker],
+        *,
+        classes: tuple[bytes, bytes] | None = None,
+        warm: bool = False,
+    ) -> Route[PooledWorker]:
+        """`classes`: preferred numerics classes of decode and prefill."""
         self._check_serving()
         needed = len(request.token_ids) + request.sampling.max_tokens
-        pairs = [p for p in self._pairs_without(failed) if p.max_model_len >= needed]
-        if not pairs:
+        candidates = self._pool.candidates().without(failed).with_room(needed)
+        if not candidates:
             raise NoWorker(f"No worker that is ready now has room for {needed:,} tokens.")
-        return self._router.pick(pairs, request.token_ids)
-
-    def _pairs_without(self, failed: Collection[PooledWorker]) -> list[WorkerPair]:
-        """Pairs without failed workers, or else those where one of two has not failed."""
-        pairs = self._pool.pairs()
-        fresh = [p for p in pairs if not any(w in failed for w in p.workers)]
-        return fresh or [p for p in pairs if not all(w in failed for w in p.workers)]
+        if classes is not None:
+            candidates = candidates.of_classes(*classes)
+        routed = RoutedRequest(
+            tenant=request.tenant, token_ids=request.token_ids, max_tokens=request.sampling.max_tokens, warm=warm
+        )
+        return self._router.pick(candidates, routed)
 
     def _new_answer(self, request: worker_pb2.DecodeRequest, stop: Iterable[str]) -> Answer:
         return Answer(
@@ -257,9 +284,9 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             token_texts=self._token_texts,
         )
 
-    def _max_model_len(self, pairs: Iterable[WorkerPair]) -> int:
+    def _max_model_len(self) -> int:
         own = self._model.max_model_len
-        return min(own, max((pair.max_model_len for pair in pairs), default=own))
+        return min(own, self._pool.candidates().max_model_len or own)
 
     def _check_serving(self) -> None:
         if problem := self._pool.why_not_serving():
@@ -274,13 +301,14 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         """(request_id, the first attempt's number) while the request runs. A client that tries again ends its older
         attempt here."""
         request_id = request.request_id or secrets.token_hex(16)
-        if not _REQUEST_ID.fullmatch(request_id):
+        if not REQUEST_ID.fullmatch(request_id):
             raise InvalidField(
                 f"request_id is {len(request_id)} characters long; "
                 "allowed: 1 to 128 letters, digits, '.', '_', ':' or '-'."
             )
         if not request.attempt and self._running.runs("", request_id):
             raise RequestIdInUse("A request with this request_id is running.")
+        bind_request_id(request_id)
         # A gateway's own attempts count up from the client's, or from the time: so they grow from request to request.
         attempt = request.attempt or time.time_ns() // 1_000_000 * ATTEMPTS_OF_A_GATEWAY
         try:
@@ -332,6 +360,7 @@ def _received(request: inference_pb2.GenerateRequest, n: int) -> list[Received]:
 
 
 def _usage(request: worker_pb2.DecodeRequest, answers: Answers, pair: WorkerPair) -> inference_pb2.Usage:
+    request_record().accounted(answers.worker_usage)
     info = pair.decode.last_info or worker_pb2.WorkerInfo()
     usage = usage_from_worker(answers.worker_usage, kv_bytes_per_token_bf16=info.kv_bytes_per_token_bf16)
     usage.prompt_tokens = len(request.token_ids)

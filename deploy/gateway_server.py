@@ -9,14 +9,19 @@ from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client.core import Metric
 
 from kvferry.deploy.config import GatewayConfig, ModelLimits
 from kvferry.deploy.gateway import SERVICE, Gateway
+from kvferry.deploy.gateway_metrics import GatewayMetrics, gateway_families
 from kvferry.deploy.interceptor import EdgeInterceptor
 from kvferry.deploy.membership import Lease, Membership, StaticMembership
+from kvferry.deploy.observed_gateway import ObservedGateway
 from kvferry.deploy.prompt import Tokenizer
-from kvferry.deploy.router import LeastOutstanding, Router
+from kvferry.deploy.routing.policies import make_router
+from kvferry.deploy.routing.router import Router
 from kvferry.deploy.worker_pool import WorkerPool
+from kvferry.kvstore.metrics_endpoint import MetricsEndpoint
 from kvferry.proto import gateway_pb2, gateway_pb2_grpc, inference_pb2_grpc
 from kvferry.proto.grpc_options import server_options
 
@@ -66,8 +71,12 @@ class GatewayServer:
             tokenizer=tokenizer,
             model=model,
             pool=self._pool,
-            router=router or LeastOutstanding(),
+            router=router or make_router(config.router, index_bytes=config.router_memory),
         )
+        self.metrics = GatewayMetrics(config.model_name)
+        self._endpoint: MetricsEndpoint | None = None
+        self.metrics_port = 0
+        """Where Prometheus asks, once started; 0: nowhere."""
         self._changed = asyncio.Event()
         self._server: grpc.aio.Server | None = None
 
@@ -84,7 +93,8 @@ class GatewayServer:
             ],
             options=server_options(max_receive_bytes=limits.max_prompt_bytes + _MESSAGE_OVERHEAD_BYTES),
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._gateway, server)
+        observed = ObservedGateway(self._gateway, self.metrics, default_timeout_s=limits.default_timeout_s)
+        inference_pb2_grpc.add_InferenceServicer_to_server(observed, server)
         gateway_pb2_grpc.add_GatewayServicer_to_server(_Stats(self._gateway), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self._update_health()
@@ -93,6 +103,9 @@ class GatewayServer:
         except RuntimeError:
             raise OSError(f"cannot listen on {config.host}:{config.port}") from None
         self._following = asyncio.create_task(self._follow_members())
+        if config.metrics is not None:
+            self._endpoint = MetricsEndpoint(config.metrics, self._families, also=[self.metrics.registry])
+            self.metrics_port = await self._endpoint.start()
         await server.start()
         self._server = server
         return port
@@ -120,6 +133,8 @@ class GatewayServer:
             await asyncio.gather(self._following, return_exceptions=True)
         await self._membership.close()
         await self._pool.close()
+        if self._endpoint is not None:
+            await self._endpoint.stop()
         self._gateway.close()
 
     async def wait_for_termination(self) -> None:
@@ -148,6 +163,16 @@ class GatewayServer:
     async def _follow_members(self) -> None:
         async for members in self._membership.watch():
             self.set_workers(decode=members.addresses("decode"), prefill=members.addresses("prefill"))
+
+    async def _families(self) -> list[Metric]:
+        told = gateway_families(
+            model_name=self._config.model_name,
+            num_running=self._gateway.num_running,
+            num_queued=self._gateway.num_queued,
+            num_pairs=len(self._pool.pairs()),
+            serving=not self.problem,
+        )
+        return list(told)
 
     async def _update_health(self) -> None:
         status = health_pb2.HealthCheckResponse

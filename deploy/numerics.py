@@ -22,8 +22,11 @@ PROBE_TAILS = (1, 5, 11, 27)
 """Tokens after the first block: rows at each of the row counts that take other code in a matmul."""
 
 
-def numerics_class(loaded: LoadedModel, engine: PrefillEngine, *, kernels_name: str, rows_invariant: bool) -> bytes:
-    """SHA-256 over declared facts and the probe. 32 bytes. Runs a short prefill."""
+def numerics_class(
+    loaded: LoadedModel, engine: PrefillEngine, *, kernels_name: str, rows_invariant: bool, num_ranks: int
+) -> bytes:
+    """SHA-256 over declared facts and the probe. 32 bytes. Runs a short prefill. `num_ranks` that share the model: each
+    number sums in another order."""
     device = loaded.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts = [
@@ -32,6 +35,7 @@ def numerics_class(loaded: LoadedModel, engine: PrefillEngine, *, kernels_name: 
         f"dtype={loaded.model.dtype}",
         f"device={where}",
         f"rows-invariant={rows_invariant}",
+        f"ranks={num_ranks}",
         f"torch={torch.__version__}",
         f"transformers={transformers.__version__}",
         f"probe={probe(engine).hex()}",

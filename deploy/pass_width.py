@@ -7,6 +7,8 @@ width that prefill would use is tried at start.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,17 @@ MAX_PASS_BLOCKS = 4
 DRAWS = 2
 
 
-def widest_pass(model: CausalModel, loaded: TransformersModel, *, block_size: int) -> int:
+def widest_pass(
+    model: CausalModel,
+    loaded: TransformersModel,
+    *,
+    block_size: int,
+    all_true: Callable[[bool], bool] = bool,
+) -> int:
     """The largest of 1, 2, 4, ... `MAX_PASS_BLOCKS` blocks up to which every width gives every row the same bits.
 
-    Runs the first layer of `model`, and the activation functions of `loaded` that is inside it, on random rows.
+    `all_true`: whether all ranks that run the model found so. Runs the first layer of `model`, and the activation
+    functions of `loaded` that is inside it, on random rows.
     """
     device = loaded.device
     generator = torch.Generator().manual_seed(0)
@@ -30,11 +39,12 @@ def widest_pass(model: CausalModel, loaded: TransformersModel, *, block_size: in
     widest = 1
     while 2 * widest <= MAX_PASS_BLOCKS:
         rows = 2 * widest * block_size
-        if not all(
-            _layer_keeps_rows(model, rows, rows // 2, device, generator)
-            and all(_keeps_rows(function, size, rows, loaded, generator) for function, size in functions)
+        draws = [
+            all_true(_layer_keeps_rows(model, rows, rows // 2, device, generator))
+            and all_true(all(_keeps_rows(function, size, rows, loaded, generator) for function, size in functions))
             for _ in range(DRAWS)
-        ):
+        ]
+        if not all(draws):
             break
         widest *= 2
     return widest

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -18,10 +18,16 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from kvferry.deploy.cluster.settings import ClusterSettings
 from kvferry.deploy.memory_size import KVMemory
+from kvferry.deploy.operations_settings import LogSettings, MetricsSettings
+from kvferry.deploy.routing.policies import Policy
+from kvferry.deploy.routing.prefix import DEFAULT_INDEX_BYTES
 from kvferry.deploy.store_settings import Bytes, Port, Section, StoreSettings
 from kvferry.deploy.weight_quantization_names import WeightQuantization
 from kvferry.kernels.presets import DEFAULT_PRESET
+
+Gpus = Annotated[float | None, Field(ge=0, le=64)]
 
 
 class GatewaySettings(Section):
@@ -33,9 +39,30 @@ class GatewaySettings(Section):
     max_queued: int = Field(256, ge=0)
     default_timeout_s: float = Field(600.0, gt=0)
     tenant: str = "default"
+    count: int = Field(1, ge=0, le=64)
+    """In a cluster: gateways, one on each machine, all on this port; 0: they run elsewhere (`kvferry gateway`)."""
+    router: Policy = "prefix"
+    """Which workers a request goes to; see docs/routing.md."""
+    router_memory: Bytes = DEFAULT_INDEX_BYTES
+    """What the policy `prefix` may use to remember where blocks are."""
 
 
-class PrefillSettings(Section):
+class Ranks(Section):
+    """How a worker is spread over processes, and over GPUs where there are some."""
+
+    tensor_parallel: int = Field(1, ge=1, le=64)
+    """Ranks of each worker: a divisor of the model's KV heads, or a multiple."""
+    pipeline_parallel: int = Field(1, ge=1)
+
+    @field_validator("pipeline_parallel")
+    @classmethod
+    def _no_pipeline(cls, value: int) -> int:
+        if value > 1:
+            raise ValueError("layers cannot be spread over workers: leave pipeline_parallel at 1, set tensor_parallel")
+        return value
+
+
+class PrefillSettings(Ranks):
     host: str = "127.0.0.1"
     port: Port = 7610
     """The first worker's; the next ones count up. 0: any free ports."""
@@ -44,9 +71,13 @@ class PrefillSettings(Section):
     max_requests: int = Field(64, gt=0)
     fetch: Literal["measured", "always", "never"] = "measured"
     """Whether cached blocks are fetched: where that is faster than computing them, or always, or never."""
+    gpus: Gpus = None
+    """Of each worker. None: on one machine its GPUs, shared evenly; in a cluster 1 where a machine has some."""
+    resource: str | None = None
+    """In a cluster: only on machines that have this Ray resource."""
 
 
-class DecodeSettings(Section):
+class DecodeSettings(Ranks):
     host: str = "127.0.0.1"
     port: Port = 7650
     """The first worker's; the next ones count up. 0: any free ports."""
@@ -58,10 +89,14 @@ class DecodeSettings(Section):
     """Keep the blocks of finished prompts in the pool while there is room."""
     publish_answers: bool = True
     """After an answer, compute and publish its blocks when prefill is idle, for the conversation's next turn."""
+    gpus: Gpus = None
+    """Of each worker. None: on one machine its GPUs, shared evenly; in a cluster 1 where a machine has some."""
+    resource: str | None = None
+    """In a cluster: only on machines that have this Ray resource."""
 
 
 class Settings(BaseSettings):
-    """A deployment on one machine."""
+    """A deployment: on one machine, or on the machines of a Ray cluster."""
 
     model_config = SettingsConfigDict(
         env_prefix="KVFERRY_",
@@ -93,6 +128,9 @@ class Settings(BaseSettings):
     store: StoreSettings = StoreSettings()
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    log: LogSettings = LogSettings()
 
     @classmethod
     def load(cls, path: Path | None = None, **overrides: Any) -> Settings:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -49,14 +48,18 @@ def spec_to_json(spec: KVQuantSpec) -> str:
     return json.dumps(layers | fields, indent=2) + "\n"
 
 
+def spec_from_json(text: str) -> KVQuantSpec:
+    """Raises ValueError; pydantic's ValidationError, which names the field, is one."""
+    file = _File.model_validate(json.loads(text))
+    rest = file.model_dump(exclude={"layer", "layers"})
+    overrides = tuple((index, layer.spec()) for index, layer in sorted(file.layers.items()))
+    return KVQuantSpec(layer=file.layer.spec(), overrides=overrides, **rest)
+
+
 def read_spec(path: Path) -> KVQuantSpec:
     """Raises ValueError, which names the file and the field, or OSError."""
     try:
-        content: Any = json.loads(path.read_text())
-        file = _File.model_validate(content)
-        rest = file.model_dump(exclude={"layer", "layers"})
-        overrides = tuple((index, layer.spec()) for index, layer in sorted(file.layers.items()))
-        return KVQuantSpec(layer=file.layer.spec(), overrides=overrides, **rest)
+        return spec_from_json(path.read_text())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from kvferry.deploy.cluster_member import ClusterMember
 from kvferry.deploy.settings import Settings
-from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.kvstore.store_config import make_backend
@@ -17,7 +17,10 @@ class StoreProcess:
 
     def __init__(self, settings: Settings, *, host: str, port: int) -> None:
         self._settings = settings
-        self._config = NodeConfig(host=host, port=port)
+        # The settings' bulk port goes with the settings' port: a node on another port takes any free one.
+        own = settings.store.node_config()
+        bulk_port = own.bulk_port if own.bulk_port is None or port == own.port else 0
+        self._config = replace(own, host=host, port=port, bulk_port=bulk_port, metrics=settings.metrics.place(port))
         self._server: KVStoreServer | None = None
 
     async def start(self) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
+from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.redis_place import RedisPlace, RedisTls
 from kvferry.kvstore.ring_config import MAX_NODES, MAX_REPLICATION, RingConfig, checked_nodes
 from kvferry.kvstore.size import parse_size
@@ -23,11 +24,18 @@ def _bytes_or_off(value: object) -> object:
     return None if value is False or value == "off" else _bytes(value)
 
 
+def _port_or_off(value: object) -> object:
+    return None if value is False or value == "off" else value
+
+
 def _url_alone(value: object) -> object:
     return {"url": value} if isinstance(value, str) else value
 
 
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(gt=0)]
+BytesOrOff = Annotated[
+    Annotated[int, Field(gt=0)] | None, BeforeValidator(_bytes_or_off, json_schema_input_type=int | str | bool | None)
+]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -94,18 +102,23 @@ class StoreSettings(Section):
     host: str = "127.0.0.1"
     port: Port = 7700
     """The first node's; the next ones count up. 0: any free ports."""
+    bulk_port: Annotated[Port | None, BeforeValidator(_port_or_off)] = 7770
+    """Where the first node's records are got in bulk, beside gRPC; the next ones' count up. 0: any free ports, also
+    where `port` is 0; None, written as `off`: gRPC carries them."""
     count: int = Field(1, ge=1, le=MAX_NODES)
     """Nodes on this machine, each with these tiers."""
     nodes: list[str] = []
     """host:port of nodes that run elsewhere: then none is started here."""
     replication: int = Field(1, ge=1, le=MAX_REPLICATION)
     """Nodes that get a copy of each record."""
-    worker_cache: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_bytes_or_off)] = None
+    worker_cache: BytesOrOff = None
     """What each worker keeps of the records that it read; None, written as `off`: nothing."""
-    memory: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_bytes_or_off)] = 2**30
+    memory: BytesOrOff = 2**30
     """None, written as `off`: no memory tier."""
     disk: DiskSettings | None = None
-    redis: Annotated[RedisSettings | None, BeforeValidator(_url_alone)] = None
+    redis: Annotated[
+        RedisSettings | None, BeforeValidator(_url_alone, json_schema_input_type=RedisSettings | str | None)
+    ] = None
     write: Literal["through", "back"] = "through"
 
     @model_validator(mode="after")
@@ -120,11 +133,15 @@ class StoreSettings(Section):
     def _has_nodes(self) -> StoreSettings:
         if self.nodes:
             checked_nodes(self.nodes)
-            of_nodes = sorted(self.model_fields_set & {"count", "memory", "disk", "redis", "write"})
+            of_nodes = sorted(self.model_fields_set & {"count", "bulk_port", "memory", "disk", "redis", "write"})
             if of_nodes:
                 raise ValueError(f"nodes run elsewhere, so what they are is not set here: remove {', '.join(of_nodes)}")
         if self.port and self.port + self.count - 1 > 65535:
             raise ValueError(f"port + count: {self.count} ports from {self.port} on do not exist")
+        if self.bulk_port and self.bulk_port + self.count - 1 > 65535:
+            raise ValueError(f"bulk_port + count: {self.count} ports from {self.bulk_port} on do not exist")
+        if self.port and self.bulk_port and abs(self.port - self.bulk_port) < self.count:
+            raise ValueError(f"port and bulk_port: the ports of {self.count} nodes overlap")
         num_nodes = len(self.nodes) or self.count
         if self.replication > num_nodes:
             raise ValueError(f"replication is {self.replication}, more than there are nodes ({num_nodes})")
@@ -133,6 +150,11 @@ class StoreSettings(Section):
     def ring_config(self, addresses: Sequence[str]) -> RingConfig:
         """The ring of these nodes: those that were started here, or `nodes`."""
         return RingConfig(nodes=tuple(addresses), replication=self.replication)
+
+    def node_config(self, index: int = 0) -> NodeConfig:
+        """Where one of the nodes listens."""
+        bulk_port = self.bulk_port and (self.bulk_port + index if self.port else 0)
+        return NodeConfig(host=self.host, port=self.port and self.port + index, bulk_port=bulk_port)
 
     def store_config(self, index: int = 0) -> StoreConfig:
         """What `make_backend` takes, for one of the nodes. Raises OSError when a password file cannot be read."""

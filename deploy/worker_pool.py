@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -13,6 +12,9 @@ from typing import NamedTuple
 import grpc
 
 from kvferry.deploy.config import check_address
+from kvferry.deploy.routing.candidates import Candidates
+from kvferry.deploy.routing.worker_state import WorkerState
+from kvferry.kvstore.identity import unreadable_because
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
 
@@ -20,25 +22,22 @@ _logger = logging.getLogger(__name__)
 
 _MAX_SILENT_POLLS = 2  # a busy worker may miss one
 _LEAVING_GRACE_S = 600.0  # requests of a worker that is no longer named go on to their end
-_use_counter = itertools.count(1)
 
 
-class PooledWorker:
-    """One worker address, its channel, and what it answered to Describe."""
+class PooledWorker(WorkerState):
+    """One worker address, its channel, and what it answered to Describe and Stats."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
-        self.info: worker_pb2.WorkerInfo | None = None  # None: not usable now, because of `problem`
+        super().__init__(address)
         self.last_info: worker_pb2.WorkerInfo | None = None  # the last answer, whether usable or not
-        self.problem = "has not answered yet"
-        self.num_outstanding = 0
-        self.last_used = 0
+        self.problem = "has not answered yet"  # why there is no `info`
         self.poll_now = asyncio.Event()
         self.is_listed = True
         """It may get requests; when not, its running ones go on to their end."""
         self.channel = grpc.aio.insecure_channel(address, options=channel_options())
         self.decode = worker_pb2_grpc.DecodeStub(self.channel)
-        self._describe = worker_pb2_grpc.WorkerStub(self.channel).Describe
+        stub = worker_pb2_grpc.WorkerStub(self.channel)
+        self._describe, self._stats = stub.Describe, stub.Stats
         self._num_silent_polls = 0
         self._missed_slowly = False
         self._ends: list[Callable[[], object]] = []
@@ -48,17 +47,15 @@ class PooledWorker:
         """It has missed so many polls that it cannot be counted on."""
         return self._num_silent_polls >= _MAX_SILENT_POLLS
 
-    def has_role(self, role: str) -> bool:
-        return self.info is not None and role in self.info.roles
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        self.num_outstanding += 1
-        self.last_used = next(_use_counter)
+    async def poll_load(self, *, timeout: float) -> None:
+        """Refreshes `load`; without an answer the last one grows old, which `load` knows."""
+        asked_at = time.monotonic()
         try:
-            yield
-        finally:
-            self.num_outstanding -= 1
+            stats = await self._stats(worker_pb2.StatsRequest(), timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            _logger.debug("worker %s does not say its load (%s)", self.address, error.code().name)
+        else:
+            self.load.heard(stats, asked_at=asked_at)
 
     @property
     def is_waited_for(self) -> bool:
@@ -151,6 +148,7 @@ class WorkerPool:
         self._decode_addresses: tuple[str, ...] = ()
         self._prefill_addresses: tuple[str, ...] = ()
         self._workers: dict[str, PooledWorker] = {}
+        self._candidates: Candidates[PooledWorker] | None = None  # None: has to be found out again
         self._polls: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self.num_calls_given_up = 0
@@ -160,6 +158,7 @@ class WorkerPool:
         """Starts to poll new workers and forgets those that are not named. Needs a running event loop."""
         self._decode_addresses = tuple(dict.fromkeys(decode))
         self._prefill_addresses = tuple(dict.fromkeys(prefill))
+        self._candidates = None
         wanted = dict.fromkeys((*self._decode_addresses, *self._prefill_addresses))
         for address in wanted:
             check_address(address)
@@ -182,25 +181,28 @@ class WorkerPool:
             poll.cancel()
         await asyncio.gather(*polls, return_exceptions=True)
 
+    def candidates(self) -> Candidates[PooledWorker]:
+        """The usable workers; the same object until they change."""
+        if self._candidates is None:
+            self._candidates = Candidates.of(
+                self._usable(self._decode_addresses, "decode"),
+                self._usable(self._prefill_addresses, "prefill"),
+                has_prefills=bool(self._prefill_addresses),
+            )
+        return self._candidates
+
     def pairs(self) -> list[WorkerPair]:
-        """Every decode worker with every prefill worker of equal identity."""
-        prefills = self._usable(self._prefill_addresses, "prefill")
-        pairs: list[WorkerPair] = []
-        for decode in self._usable(self._decode_addresses, "decode"):
-            if not self._prefill_addresses:
-                if decode.has_role("prefill"):
-                    pairs.append(WorkerPair(decode, None))
-                continue
-            for prefill in prefills:
-                if prefill is decode:
-                    pairs.append(WorkerPair(decode, None))
-                elif _identity(prefill) == _identity(decode):
-                    pairs.append(WorkerPair(decode, prefill))
-        return pairs
+        """Every decode worker with every prefill worker whose blocks it can read: many."""
+        return [
+            WorkerPair(decode, None if prefill is decode else prefill)
+            for group in self.candidates().groups
+            for decode in group.decodes
+            for prefill in group.prefills or (None,)
+        ]
 
     def why_not_serving(self) -> str:
         """A sentence for operators and clients; empty when there is a usable pair."""
-        if self.pairs():
+        if self.candidates():
             return ""
         decodes = self._usable(self._decode_addresses, "decode")
         if not decodes:
@@ -211,7 +213,7 @@ class WorkerPool:
         if not prefills:
             return self._nobody("prefill", self._prefill_addresses)
         prefill, decode = prefills[0], decodes[0]
-        fields = _identity_difference(prefill, decode)
+        fields = unreadable_because(_identity(decode), _identity(prefill))
         return (
             f"Prefill and decode workers cannot exchange blocks: {' and '.join(fields)} of prefill worker "
             f"{prefill.address} and decode worker {decode.address} differ."
@@ -228,17 +230,21 @@ class WorkerPool:
         """Until the worker is not listed and none of its requests runs. Silence is found within
         poll_interval_s + 2 * poll_timeout_s: after a missed poll the next one begins at once."""
         leaving_since = None
+        load: asyncio.Task[None] | None = None
         try:
             while worker.is_listed or worker.num_outstanding:
                 if not worker.is_listed:
                     leaving_since = leaving_since or time.monotonic()
                     if time.monotonic() > leaving_since + _LEAVING_GRACE_S:
                         return
+                if load is None or load.done():  # beside Describe: news of a lost worker wait for nothing
+                    load = asyncio.create_task(worker.poll_load(timeout=self._poll_timeout_s))
                 before = worker.info
                 await worker.poll(
                     model_name=self._model_name, tokenizer_digest=self._tokenizer_digest, timeout=self._poll_timeout_s
                 )
                 if worker.info != before:
+                    self._candidates = None
                     _log_change(worker)
                     await self._on_change()
                 if worker.is_silent:
@@ -252,6 +258,9 @@ class WorkerPool:
                 except TimeoutError:
                     pass
         finally:
+            if load is not None:
+                load.cancel()
+                await asyncio.gather(load, return_exceptions=True)
             await worker.channel.close(_LEAVING_GRACE_S)
 
     def _give_up(self, worker: PooledWorker) -> None:
@@ -268,12 +277,5 @@ def _log_change(worker: PooledWorker) -> None:
         _logger.info("worker %s is ready: %s", worker.address, ", ".join(worker.info.roles))
 
 
-def _identity(worker: PooledWorker) -> worker_pb2.ModelIdentity | None:
-    return worker.info.identity if worker.info else None
-
-
-def _identity_difference(one: PooledWorker, other: PooledWorker) -> list[str]:
-    fields = worker_pb2.ModelIdentity.DESCRIPTOR.fields
-    return [
-        field.name for field in fields if getattr(_identity(one), field.name) != getattr(_identity(other), field.name)
-    ]
+def _identity(worker: PooledWorker) -> worker_pb2.ModelIdentity:
+    return worker.info.identity if worker.info else worker_pb2.ModelIdentity()

@@ -5,36 +5,34 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import grpc
-import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client.core import Metric
 
-from kvferry.decode.cache import PackedCache
 from kvferry.decode.config import DecodeConfig
 from kvferry.decode.engine import DecodeEngine
 from kvferry.decode.prefill_stream import RemotePrefillStream
 from kvferry.decode.server import DecodeServicer
 from kvferry.decode.worker import DecodeWorker
+from kvferry.deploy.executors import make_executors
 from kvferry.deploy.kv_memory import plan_kv_memory
-from kvferry.deploy.layer_windows import layer_windows
 from kvferry.deploy.local_prefill import LocalPrefillStream
 from kvferry.deploy.membership import Lease, Membership
-from kvferry.deploy.models import LoadedModel, find_model, load_model, load_tokenizer, tokenizer_digest
-from kvferry.deploy.numerics import numerics_class, rows_are_invariant
-from kvferry.deploy.pass_width import widest_pass
-from kvferry.kernels.dispatch import Selection, select_kernels
-from kvferry.kernels.forward import CausalModel, padded_rows
-from kvferry.kernels.layout import LAYOUT_VERSION, BlockLayout
-from kvferry.kernels.reference import ReferenceKernels
-from kvferry.kernels.rotation import RotatedModel
-from kvferry.kernels.spec import KVQuantSpec
+from kvferry.deploy.model_config import ModelConfig
+from kvferry.deploy.models import LoadedModel, load_tokenizer, tokenizer_digest
+from kvferry.deploy.numerics import numerics_class
+from kvferry.deploy.worker_metrics import worker_families
+from kvferry.kernels.dispatch import Selection
+from kvferry.kernels.forward import CausalModel
+from kvferry.kernels.layout import LAYOUT_VERSION
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES
 from kvferry.kvstore.connect import connect
+from kvferry.kvstore.metrics_endpoint import Collects, MetricsEndpoint
 from kvferry.kvstore.read_cache import ReadCache
 from kvferry.kvstore.ring import StoreRing
 from kvferry.kvstore.ring_config import RingConfig
@@ -46,72 +44,49 @@ from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.attempts import Attempts
 from kvferry.proto.grpc_options import server_options
 
+__all__ = ["ModelConfig", "ModelRuntime", "WorkerServer"]
+
 logger = logging.getLogger(__name__)
 
 RECORD_OVERHEAD_BYTES = 256
 _PUBLISHING_POLL_S = 0.05
-INVARIANT_ROWS = 256
-"""Row counts up to this one are tried at start; larger batches get a fixed row count."""
+RANKS_LOST = 4
+"""Exit status of a worker whose group lost a rank."""
 REPORTED_CONTEXT = 4096
 """Tokens around which effective bits are stated."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What to load and how to run it; the same for every worker of a deployment."""
-
-    model: str
-    served_name: str | None = None
-    """What clients call the model; None: the name of where it was loaded from."""
-    spec: KVQuantSpec = field(default_factory=KVQuantSpec)
-    device: str = "auto"
-    dtype: str = "auto"
-    weight_quantization: str = "none"
-    """"none" or "int8"."""
-    kernels: str | None = None
-    """"reference", "cpu", "cpu-int8" or "triton"; None chooses."""
-    max_model_len: int = 0
-    """0: the model's own window."""
+def _end_process(reason: str) -> None:
+    """A group of ranks that lost one computes nothing any more: the worker ends, and the gateway goes elsewhere."""
+    logger.critical("this worker ends: %s", reason)
+    logging.shutdown()
+    os._exit(RANKS_LOST)
 
 
 class ModelRuntime:
     """A loaded model with its kernels, layout, probe and identity."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        device = _device(config.device)
-        source = find_model(config.model)
-        self._served_name = config.served_name or source.name
-        dtype = resolve_dtype(config.dtype, device)
-        self.loaded: LoadedModel = load_model(
-            source, device=device, dtype=dtype, weight_quantization=config.weight_quantization
-        )
-        logger.info("weights: %s, %.1f MB", config.weight_quantization, self.loaded.weight_bytes / 1e6)
-        model = self.loaded.model
-        self.layout = BlockLayout(
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            spec=config.spec,
-        )
-        self.model: CausalModel = model
-        rotated = config.spec.value_rotation != "none"
-        if rotated:
-            self.model = RotatedModel(model, device)
-        self.selection: Selection = select_kernels(device, head_dim=model.head_dim, impl=config.kernels)
-        slow = self.selection.kernels.name == ReferenceKernels.name
-        logger.log(logging.WARNING if slow else logging.INFO, "%s", self.selection.reason)
-        self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
-        self.windows = layer_windows(self.model, max_model_len=self.max_model_len, device=device)
-        self.rows_invariant = rows_are_invariant(model, rotated=rotated, max_rows=INVARIANT_ROWS)
-        """Whether decode may pad a batch to any of its usual row counts without changing a bit."""
-        width = widest_pass(self.model, model, block_size=self.layout.block_size) if self.rows_invariant else 1
-        logger.info("prefill passes cover up to %d blocks", width)
-        self.engine = PrefillEngine(self.model, self.selection.kernels, self.layout, device, max_pass_blocks=width)
+    def __init__(self, config: ModelConfig, *, on_ranks_lost: Callable[[str], None] = _end_process) -> None:
+        """`on_ranks_lost(reason)` is called, on any thread, when a rank of this worker's group ends or hangs."""
+        self.executors = make_executors(config, on_lost=on_ranks_lost)
+        self.rank = rank = self.executors.rank
+        self._served_name = config.served_name or rank.loaded.source.name
+        self.loaded: LoadedModel = rank.loaded
+        self.layout = rank.layout
+        """Of whole blocks."""
+        self.model: CausalModel = rank.model
+        self.selection: Selection = rank.selection
+        self.max_model_len = rank.max_model_len
+        self.windows = rank.windows
+        self.rows_invariant = rank.rows_invariant
+        logger.info("prefill passes cover up to %d blocks", rank.pass_blocks)
+        self.engine = PrefillEngine(self.executors.prefill(), max_pass_blocks=rank.pass_blocks)
         self.identity = self._identity()
 
     def close(self) -> None:
-        """Ends the prefill engine's thread."""
+        """Ends the prefill engine's thread, and the other ranks where there are any."""
         self.engine.close()
+        self.executors.close()
 
     def _identity(self) -> worker_pb2.ModelIdentity:
         return worker_pb2.ModelIdentity(
@@ -124,6 +99,7 @@ class ModelRuntime:
                 self.engine,
                 kernels_name=self.selection.kernels.name,
                 rows_invariant=self.rows_invariant,
+                num_ranks=self.rank.team.size,
             ),
         )
 
@@ -190,6 +166,9 @@ class WorkerServer:
         self._store: Store | None = None
         """The nodes, or a cache before them."""
         self._server: grpc.aio.Server | None = None
+        self._metrics: MetricsEndpoint | None = None
+        self.metrics_port = 0
+        """Where Prometheus asks, once started; 0: nowhere."""
         self._health = health.aio.HealthServicer()
         self._info = worker_pb2.WorkerInfo()
         self._lease: Lease | None = None
@@ -225,6 +204,7 @@ class WorkerServer:
             port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        await self._serve_metrics(info)
         await server.start()
         self._server = server
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -289,6 +269,8 @@ class WorkerServer:
             engine, servicer = self._decode
             await servicer.close()
             await asyncio.to_thread(engine.close)
+        if self._metrics is not None:
+            await self._metrics.stop()
         if self._store is not None:
             await self._store.close()
 
@@ -319,9 +301,28 @@ class WorkerServer:
                     num_swaps=admission.num_swaps,
                     num_answers_published=servicer.warmer.num_warmed,
                     num_answers_not_published=servicer.warmer.num_left_out,
+                    step_seconds=engine.step_seconds,
                 )
             )
         return stats
+
+    async def _serve_metrics(self, info: worker_pb2.WorkerInfo) -> None:
+        if self._config.metrics is None:
+            return
+
+        async def families() -> list[Metric]:
+            told = worker_families(
+                info, self.stats(), prefill=self.prefill_servicer, nodes=self._nodes, store=self._store
+            )
+            return list(told)
+
+        of_requests: list[Collects] = []
+        if self.prefill_servicer is not None:
+            of_requests.append(self.prefill_servicer.metrics.registry)
+        if self._decode is not None:
+            of_requests.append(self._decode[1].metrics.registry)
+        self._metrics = MetricsEndpoint(self._config.metrics, families, also=of_requests)
+        self.metrics_port = await self._metrics.start()
 
     def _call_stats(self) -> worker_pb2.CallStats:
         attempts = self._attempts()
@@ -339,39 +340,29 @@ class WorkerServer:
 
     def _add_prefill(self, server: grpc.aio.Server, config: PrefillConfig, info: worker_pb2.WorkerInfo) -> None:
         self.prefill_servicer = servicer = PrefillServicer(
-            engine=self._runtime.engine, store=self._store, info=info, config=config
+            engine=self._runtime.engine,
+            store=self._store,
+            info=info,
+            config=config,
+            cache_blocks=(self._store_cache_bytes or 0) // info.block_bytes,
         )
         worker_pb2_grpc.add_PrefillServicer_to_server(servicer, server)
 
     def _add_decode(self, server: grpc.aio.Server, config: DecodeConfig) -> worker_pb2.WorkerInfo:
         runtime = self._runtime
         plan = plan_kv_memory(
-            config.kv_memory,
-            runtime.layout,
+            runtime.rank.share_of(config.kv_memory),
+            runtime.rank.shard_layout,
             runtime.loaded.device,
             windows=runtime.windows,
             num_slots=config.max_num_seqs,
             max_model_len=runtime.max_model_len,
         )
-        cache = PackedCache(
-            runtime.layout,
-            num_blocks=plan.num_blocks,
-            num_slots=config.max_num_seqs,
-            kernels=runtime.selection.kernels,
-            device=runtime.loaded.device,
-            windows=runtime.windows,
+        executor = runtime.executors.decode(num_blocks=plan.num_blocks, num_slots=config.max_num_seqs)
+        engine = DecodeEngine(executor)
+        self.decode_worker = worker = DecodeWorker(
+            engine=engine, cache=executor.memory, store=self._store, config=config
         )
-        rows = config.max_num_seqs
-        if runtime.rows_invariant and rows <= INVARIANT_ROWS:
-            pad_rows = padded_rows
-        else:
-            logger.warning("on this machine a matmul's rows depend on their number: every step runs %d rows", rows)
-
-            def pad_rows(n: int) -> int:
-                return rows
-
-        engine = DecodeEngine(runtime.model, runtime.selection.kernels, cache, pad_rows=pad_rows)
-        self.decode_worker = worker = DecodeWorker(engine=engine, cache=cache, store=self._store, config=config)
         roles = ["decode"] if self._own_prefill is None else ["prefill", "decode"]
         info = runtime.info(roles=roles, pool_blocks=plan.num_blocks)
         local_prefill = None
@@ -391,21 +382,3 @@ class WorkerServer:
         self._decode = (engine, servicer)
         logger.info("%s", plan)
         return info
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 where the processor multiplies it natively, else fp32."""
-    if name == "auto":
-        capabilities = torch.cpu.get_capabilities()
-        native = device.type != "cpu" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-        return torch.bfloat16 if native else torch.float32
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
-    if dtype is None:
-        raise ValueError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
-    return dtype

@@ -7,6 +7,7 @@ Between a group of P ranks and one of D ranks bytes are copied, never repacked. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -83,13 +84,19 @@ def shard_ranges(layout: BlockLayout, block_index: int, heads: range) -> tuple[B
 
     Together they have `shard_layout(layout, heads).payload_bytes(block_index)` bytes. Block 0 has its sinks in them.
     """
+    return _merged(layer_ranges(layout, min(block_index, 1), heads))
+
+
+@functools.lru_cache(maxsize=64)
+def layer_ranges(layout: BlockLayout, block_index: int, heads: range) -> tuple[ByteRange, ...]:
+    """The same by layer: one range each, which no two layers share."""
     _check_heads(layout, heads)
     ranges = []
     start = 0
     for slice_bytes in _slice_sizes(layout, block_index):
         ranges.append(ByteRange(start + heads.start * slice_bytes, len(heads) * slice_bytes))
         start += layout.num_kv_heads * slice_bytes
-    return _merged(ranges)
+    return tuple(ranges)
 
 
 def tail_ranges(layout: BlockLayout, num_tokens: int, heads: range) -> tuple[ByteRange, ...]:

@@ -4,7 +4,8 @@ The Redis backend is not imported here (it needs redis): see `kvferry.kvstore.re
 """
 
 from kvferry.kvstore.backend import Backend, BackendStats
-from kvferry.kvstore.client import ClientCounters, LookupResult, StoreClient
+from kvferry.kvstore.client import LookupResult, StoreClient
+from kvferry.kvstore.client_counters import ClientCounters
 from kvferry.kvstore.codec import BlockHeader, Record, decode_record, encode_record
 from kvferry.kvstore.config import ClientConfig, NodeConfig
 from kvferry.kvstore.errors import (

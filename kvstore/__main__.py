@@ -9,15 +9,21 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.malloc import tune_malloc
+from kvferry.kvstore.metrics_endpoint import MetricsPlace
+from kvferry.kvstore.process_logs import LogConfig, LogFormat, LogLevel, configure_logs
 from kvferry.kvstore.redis_place import RedisPlace, RedisTls
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.kvstore.size import parse_size
 from kvferry.kvstore.store_config import DiskConfig, StoreConfig, make_backend
 
 _log = logging.getLogger("kvferry.kvstore")
+
+METRICS_PORT_OFFSET = 1000
+OFF = "off"
 
 
 def _size(text: str) -> int:
@@ -27,10 +33,22 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _port_or_off(text: str) -> int | str:
+    if text == OFF:
+        return OFF
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a port nor {OFF}") from None
+
+
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kvferry.kvstore", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7700, help="0 lets the system pick one (default: %(default)s)")
+    bulk = "get records in bulk beside gRPC: a port, 0 for any, or off (default: %(default)s)"
+    parser.add_argument("--bulk-port", type=_port_or_off, default=0, help=bulk)
+    parser.add_argument("--bulk-address", metavar="HOST:PORT", help="what clients connect to, where it is another one")
     parser.add_argument("--memory", type=_size, help="memory tier (default: 1GiB, with --redis alone none)")
     parser.add_argument("--disk", type=Path, metavar="FOLDER", help="disk tier: keep records under this folder")
     parser.add_argument("--disk-bytes", type=_size, help="capacity of the disk tier, e.g. 20GiB")
@@ -46,6 +64,15 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--redis-key", metavar="FILE", help="PEM of the client certificate's key")
     parser.add_argument("--max-record", type=_size, default=64 << 20, help="largest record (default: 64MiB)")
     parser.add_argument("--grace", type=float, default=5.0, help="seconds for running calls after SIGTERM")
+    parser.add_argument("--metrics-host", default="127.0.0.1", help="address of the metrics (default: %(default)s)")
+    parser.add_argument(
+        "--metrics-port",
+        type=_port_or_off,
+        metavar="PORT",
+        help="of /metrics; 0: any free port; off: none (default: the port + 1000, any where that is any)",
+    )
+    parser.add_argument("--log-format", choices=get_args(LogFormat), default="text")
+    parser.add_argument("--log-level", choices=get_args(LogLevel), default="info")
     return parser.parse_args(argv)
 
 
@@ -83,6 +110,15 @@ def _addresses(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",")) if text else ()
 
 
+def _metrics_place(arguments: argparse.Namespace) -> MetricsPlace | None:
+    port = arguments.metrics_port
+    if port == OFF:
+        return None
+    if port is None:
+        port = arguments.port and arguments.port + METRICS_PORT_OFFSET
+    return MetricsPlace(host=arguments.metrics_host, port=port)
+
+
 def _capacity(store: StoreConfig) -> str:
     if store.memory_bytes is None:
         return "set by Redis"
@@ -93,8 +129,11 @@ async def _serve(arguments: argparse.Namespace) -> None:
     config = NodeConfig(
         host=arguments.host,
         port=arguments.port,
+        bulk_port=None if arguments.bulk_port == OFF else arguments.bulk_port,
+        bulk_address=arguments.bulk_address,
         max_record_bytes=arguments.max_record,
         max_staged_bytes=max(NodeConfig.max_staged_bytes, arguments.max_record),
+        metrics=_metrics_place(arguments),
     )
     store = _store_config(arguments)
     backend = make_backend(store)
@@ -104,7 +143,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stopping.set)
     server = KVStoreServer(backend, config)
     await server.start()
-    _log.info("serving on %s, backend %s, capacity %s", server.address, store.tier_names, _capacity(store))
+    bulk = "off" if server.bulk is None else server.bulk.port
+    where = (server.address, store.tier_names, _capacity(store), bulk)
+    _log.info("serving on %s, backend %s, capacity %s, bulk port %s", *where)
     await stopping.wait()
     _log.info("draining for at most %s s", arguments.grace)
     await server.stop(arguments.grace)
@@ -113,7 +154,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves until SIGTERM or SIGINT. Returns 0 after a drain, 2 when it cannot start."""
     arguments = _parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logs(LogConfig(format=arguments.log_format, level=arguments.log_level), process="store")
     tune_malloc()
     try:
         asyncio.run(_serve(arguments))

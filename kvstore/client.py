@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +14,9 @@ import grpc.aio
 
 from kvferry.kvstore.breaker import Breaker, BreakerState
 from kvferry.kvstore.client_channel import store_channel_options, translate
-from kvferry.kvstore.codec import Buffer, Record, decode_record
+from kvferry.kvstore.client_counters import ClientCounters
+from kvferry.kvstore.client_get import RecordGetter
+from kvferry.kvstore.codec import Record
 from kvferry.kvstore.config import DEFAULT_MAX_KEYS, FRAME_BYTES, ClientConfig
 from kvferry.kvstore.errors import (
     BlockCorrupt,
@@ -26,7 +26,7 @@ from kvferry.kvstore.errors import (
     StoreFull,
     StoreUnavailable,
 )
-from kvferry.kvstore.frames import encode_put_chunk, parse_get_frame
+from kvferry.kvstore.frames import encode_put_chunk
 from kvferry.kvstore.interceptor import SERVICE_NAME
 from kvferry.kvstore.key import KEY_BYTES
 from kvferry.kvstore.node_answers import (
@@ -38,10 +38,10 @@ from kvferry.kvstore.node_answers import (
     put_many_frames,
     put_many_outcome,
 )
-from kvferry.kvstore.record_reader import RecordReader
-from kvferry.kvstore.verifier import Verifier
+from kvferry.kvstore.record_reader import Reader
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto import kvstore_pb2_grpc
+from kvferry.proto.request_id import request_id_metadata
 
 
 class LookupResult(NamedTuple):
@@ -50,18 +50,6 @@ class LookupResult(NamedTuple):
     num_contiguous: int  # blocks, from the first key on
     lease_id: int  # 0: nothing is leased
     lease_s: float  # granted, counted from the node's answer
-
-
-@dataclass
-class ClientCounters:
-    """What this client did since it was made."""
-
-    bytes_read: int = 0  # of verified records
-    bytes_written: int = 0  # of stored records
-    failures: int = 0  # calls that the store did not answer
-    refused: int = 0  # calls that the open breaker refused
-    not_found: int = 0
-    corrupt: int = 0
 
 
 class StoreClient:
@@ -95,16 +83,12 @@ class StoreClient:
                 config.address, credentials, options=options, interceptors=list(interceptors)
             )
         self._stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
-        # With codecs of their own; see frames.py.
-        self._get = self._channel.unary_stream(
-            f"/{SERVICE_NAME}/Get",
-            request_serializer=pb.GetRequest.SerializeToString,
-            response_deserializer=parse_get_frame,
-        )
+        # The bulk port speaks plain text: beside an encrypted channel it is not used.
+        self._getter = RecordGetter(self._channel, config, self.counters, can_use_bulk=credentials is None)
+        # With a codec of its own; see frames.py.
         self._put = self._channel.stream_unary(
             f"/{SERVICE_NAME}/Put", request_serializer=bytes, response_deserializer=pb.PutReply.FromString
         )
-        self._verifier = Verifier()
         self._prober: asyncio.Task[None] | None = None
 
     @property
@@ -130,7 +114,9 @@ class StoreClient:
         """
         request = pb.LookupRequest(keys=_checked_keys(keys), lease_ms=int(lease_s * 1000))
         with self._answering():
-            reply = await self._stub.Lookup(request, timeout=self._unary_timeout(timeout_s))
+            reply = await self._stub.Lookup(
+                request, timeout=self._unary_timeout(timeout_s), metadata=request_id_metadata()
+            )
         return LookupResult(
             num_contiguous=min(reply.num_contiguous, len(keys)),
             lease_id=reply.lease_id,
@@ -152,14 +138,16 @@ class StoreClient:
         to delete it, StoreUnavailable when no bytes come for `progress_timeout_s`. Close the
         iterator (contextlib.aclosing) when leaving it early.
         """
-        request = pb.GetRequest(keys=_checked_keys(keys), lease_id=lease_id)
+        keys = _checked_keys(keys)
         timeout = self._config.get_timeout_s if timeout_s is None else timeout_s
-        reader = None
+        reader: Reader | None = None
         try:
             for index, key in enumerate(keys):
                 with self._answering():
                     if reader is None:
-                        reader = self._read(self._get(request, timeout=timeout), keys, namespace)
+                        reader = await self._getter.begin(
+                            keys, namespace=namespace, lease_id=lease_id, timeout_s=timeout
+                        )
                     num_bytes, check = await reader.next()
                 try:
                     record = await check
@@ -187,7 +175,7 @@ class StoreClient:
             )
         timeout = self._config.put_timeout_s if timeout_s is None else timeout_s
         with self._answering(exhausted=StoreFull):
-            reply = await self._put(_put_frames(key, record), timeout=timeout)
+            reply = await self._put(_put_frames(key, record), timeout=timeout, metadata=request_id_metadata())
         if reply.outcome != pb.PutReply.STORED:
             return False
         self.counters.bytes_written += len(record)
@@ -233,7 +221,9 @@ class StoreClient:
         small = [index for index, (_, record) in enumerate(records) if len(record) <= FRAME_BYTES]
         if small:
             with self._answering():
-                reply = await self._stub.PutMany(put_many_frames([records[i] for i in small]), timeout=timeout)
+                reply = await self._stub.PutMany(
+                    put_many_frames([records[i] for i in small]), timeout=timeout, metadata=request_id_metadata()
+                )
                 if len(reply.outcomes) != len(small):
                     raise StoreUnavailable("the node did not say what came of every record")
             outcomes = {index: put_many_outcome(told) for index, told in zip(small, reply.outcomes, strict=True)}
@@ -277,7 +267,7 @@ class StoreClient:
             self._prober.cancel()
             await asyncio.gather(self._prober, return_exceptions=True)
         await self._channel.close()
-        self._verifier.close()
+        self._getter.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -336,25 +326,6 @@ class StoreClient:
                 self._breaker.record_failure()
             else:
                 self._breaker.record_success()
-
-    def _read(self, call: Any, keys: Sequence[bytes], namespace: bytes) -> RecordReader:
-        def check(buffer: Buffer, key: bytes) -> Awaitable[Record]:
-            decode = partial(
-                decode_record,
-                buffer,
-                expected_key=key,
-                expected_namespace=namespace,
-                max_record_bytes=self._config.max_record_bytes,
-            )
-            return self._verifier.run(len(buffer), decode)
-
-        return RecordReader(
-            call,
-            keys,
-            check,
-            max_record_bytes=self._config.max_record_bytes,
-            progress_timeout_s=self._config.progress_timeout_s,
-        )
 
     async def _put_one(self, key: bytes, record: bytes, timeout_s: float) -> PutManyOutcome:
         try:

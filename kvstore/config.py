@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvferry.kvstore.metrics_endpoint import MetricsPlace
+
 MIB = 1 << 20
 
 # Messages of 1 MiB are the fastest on gRPC (16 MiB ones reach about 60 % of it), and they fit
@@ -35,6 +37,12 @@ class NodeConfig:
     max_lease_s: float = 30.0
     max_keys_per_request: int = DEFAULT_MAX_KEYS
     max_concurrent_calls: int = 1024
+    metrics: MetricsPlace | None = None  # where Prometheus asks; None: nowhere
+    # Where records are got in bulk, beside gRPC (see bulk_server.py). None: not offered; 0: the system picks one.
+    bulk_port: int | None = 0
+    # What clients are told to connect to, host:port; None: the bulk port on the host that they reached the node by.
+    bulk_address: str | None = None
+    max_bulk_connections: int = 128  # a thread each; beyond them clients use gRPC
 
     def __post_init__(self) -> None:
         _require(0 <= self.port <= 65535, f"port must be 0..65535, not {self.port}")
@@ -49,6 +57,13 @@ class NodeConfig:
             f"max_keys_per_request must be 1..{DEFAULT_MAX_KEYS} (the keys must fit one message)",
         )
         _require(self.max_concurrent_calls >= 1, "max_concurrent_calls must be positive")
+        if self.bulk_port is not None:
+            _require(0 <= self.bulk_port <= 65535, f"bulk_port must be 0..65535 or None, not {self.bulk_port}")
+            taken = self.bulk_port != 0 and self.bulk_port == self.port
+            _require(not taken, f"bulk_port and port are both {self.port}; give one of them another number")
+        if self.bulk_address is not None:
+            _require(":" in self.bulk_address, f"bulk_address must be host:port, not {self.bulk_address!r}")
+        _require(self.max_bulk_connections >= 1, "max_bulk_connections must be positive")
         for name in ("staging_timeout_s", "stalled_reader_s"):
             _require(getattr(self, name) > 0, f"{name} must be positive")
 
@@ -63,6 +78,7 @@ class ClientConfig:
     put_timeout_s: float = 5.0  # a whole put
     progress_timeout_s: float = 1.0  # the longest wait for the next frame of a get
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+    use_bulk: bool = True  # get records over the node's bulk port where it offers one; else over gRPC
     # One failure opens the breaker: probing is done in the background, so an open breaker costs
     # a request nothing, while every further live attempt at a stopped node costs a full timeout.
     failure_threshold: int = 1

@@ -19,6 +19,7 @@ from kvferry.kvstore.errors import (
     StoreUnavailable,
 )
 from kvferry.kvstore.frames import parse_put_frame, serialize_get_frame
+from kvferry.proto.request_id import bind_from_metadata
 
 _log = logging.getLogger(__name__)
 
@@ -62,16 +63,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         elif method == "Put":
             codecs["request_deserializer"] = parse_put_frame
         if handler.request_streaming:
-            behavior = self._wrap_unary_response(handler.stream_unary)
+            behavior = self._wrap_unary_response(handler.stream_unary, method)
             return grpc.stream_unary_rpc_method_handler(behavior, **codecs)
         if handler.response_streaming:
-            behavior = self._wrap_stream_response(handler.unary_stream)
+            behavior = self._wrap_stream_response(handler.unary_stream, method)
             return grpc.unary_stream_rpc_method_handler(behavior, **codecs)
-        behavior = self._wrap_unary_response(handler.unary_unary)
+        behavior = self._wrap_unary_response(handler.unary_unary, method)
         return grpc.unary_unary_rpc_method_handler(behavior, **codecs)
 
-    def _wrap_unary_response(self, inner: Any) -> Any:
+    def _wrap_unary_response(self, inner: Any, method: str) -> Any:
         async def behavior(request: Any, context: Any) -> Any:
+            bind_from_metadata(context.invocation_metadata())
+            _log.debug("%s", method)
             try:
                 return await inner(request, context)
             except Exception as error:
@@ -79,8 +82,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         return behavior
 
-    def _wrap_stream_response(self, inner: Any) -> Any:
+    def _wrap_stream_response(self, inner: Any, method: str) -> Any:
         async def behavior(request: Any, context: Any) -> None:
+            bind_from_metadata(context.invocation_metadata())
+            _log.debug("%s", method)
             messages = inner(request, context)
             try:
                 async for message in messages:

@@ -4,43 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from kvferry.kvstore.backend import Backend, BackendStats
+from kvferry.kvstore.bulk_server import BulkServer
 from kvferry.kvstore.codec import peek_header, verify_record
-from kvferry.kvstore.config import FRAME_BYTES, MIB, NodeConfig
-from kvferry.kvstore.errors import BlockCorrupt, InvalidRequest, StoreFull, StoreUnavailable
+from kvferry.kvstore.config import FRAME_BYTES, NodeConfig
+from kvferry.kvstore.errors import BlockCorrupt, InvalidRequest, StoreFull
 from kvferry.kvstore.frames import encode_get_frame
 from kvferry.kvstore.key import KEY_BYTES
+from kvferry.kvstore.node_counters import NodeCounters
+from kvferry.kvstore.record_source import RecordSource
 from kvferry.kvstore.staging import StagedRecord, Staging
 from kvferry.kvstore.verifier import Verifier
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto import kvstore_pb2_grpc
 
-_log = logging.getLogger(__name__)
-
-# A Get reads this much from the backend at a time (one round trip to Redis), going by the size of
-# the last record, and holds two such reads. More only holds memory: the wire is slower than the backend.
-_READ_AHEAD_BYTES = 8 * MIB
-_READ_AHEAD_KEYS = 64
 _DEFAULT_PAGE_SIZE = 100
 _MAX_PAGE_SIZE = 1000
-
-
-@dataclass
-class NodeCounters:
-    """What this node did since it started."""
-
-    lookups: int = 0
-    hits: int = 0
-    misses: int = 0
-    puts: int = 0
-    rejected: int = 0
-    corrupt: int = 0
 
 
 class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
@@ -52,6 +35,12 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
         self._config = config
         self._staging = Staging(max_bytes=config.max_staged_bytes)
         self._verifier = Verifier()
+        self._bulk: BulkServer | None = None
+        self.records = RecordSource(backend, self._verifier, self.counters, max_record_bytes=config.max_record_bytes)
+
+    def offer_bulk(self, bulk: BulkServer) -> None:
+        """From now on clients are told of this bulk port."""
+        self._bulk = bulk
 
     @property
     def staged_bytes(self) -> int:
@@ -90,35 +79,21 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
     ) -> AsyncIterator[pb.GetFrame | bytes]:
         """Streams verified records; a damaged one is deleted and reported as missing."""
         keys = self._checked_keys(request.keys)
-        leases = self._backend.leases
-        if leases is not None and not leases.renew(request.lease_id):
-            # No lease, so no Lookup counted this use of the chain.
-            await self._backend.contains(keys)
-        start, num_ahead = 0, 1
-        reading = asyncio.ensure_future(self._backend.get(keys[:1]))
-        try:
-            while start < len(keys):
-                records = await reading
-                if leases is not None:
-                    leases.renew(request.lease_id)
-                if records[0]:  # a damaged one may be empty
-                    num_ahead = max(1, min(_READ_AHEAD_BYTES // len(records[0]), _READ_AHEAD_KEYS))
-                end = start + len(records)
-                if end < len(keys) and None not in records:
-                    # The next records come from disk or Redis while these go out.
-                    reading = asyncio.ensure_future(self._backend.get(keys[end : end + num_ahead]))
-                for index, record in enumerate(records, start):
-                    if record is None or not await self._is_intact(keys[index], record):
-                        self.counters.misses += 1
+        index = 0
+        async with contextlib.aclosing(self.records.read(keys, request.lease_id)) as batches:
+            async for records in batches:
+                for record in records:
+                    if record is None:
                         yield pb.GetFrame(index=index, missing=True)
                         return
-                    self.counters.hits += 1
                     for frame in _frames(index, record):
                         yield frame
-                start = end
-        finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+                    index += 1
+
+    async def OpenBulk(self, request: pb.OpenBulkRequest, context: Any) -> pb.OpenBulkReply:
+        """A session on the bulk port, where there is one with room."""
+        offer = None if self._bulk is None else self._bulk.open_session()
+        return pb.OpenBulkReply() if offer is None else pb.OpenBulkReply(address=offer.address, session=offer.session)
 
     async def Put(self, request_iterator: AsyncIterator[pb.PutFrame | memoryview], context: Any) -> pb.PutReply:
         """Stages, verifies, then makes the record visible with one backend call."""
@@ -254,20 +229,6 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
             raise InvalidRequest(
                 f"the put did not commit within {timeout_s} s of its start; nothing was stored"
             ) from None
-
-    async def _is_intact(self, key: bytes, record: bytes) -> bool:
-        if record and self._backend.hands_out_verified:
-            return True  # the client checks it again, on the other side of the wire; nothing would be no frame at all
-        check = partial(verify_record, record, key, max_record_bytes=self._config.max_record_bytes)
-        try:
-            await self._verifier.run(len(record), check)
-        except BlockCorrupt as error:
-            self.counters.corrupt += 1
-            _log.warning("deleting a damaged record: %s", error)
-            with contextlib.suppress(StoreUnavailable):  # then the next reader finds it damaged again
-                await self._backend.delete([key])
-            return False
-        return True
 
     def _checked_keys(self, keys: Sequence[bytes]) -> list[bytes]:
         limit = self._config.max_keys_per_request

@@ -1,4 +1,4 @@
-"""A worker's own memory of records that it read, in front of a store: hot prefixes cross once, for all requests.
+"""A worker's own memory of records that it read or put, in front of a store: hot prefixes cross once, for all requests.
 
 It saves transfers, and answers nothing else: look-ups always go to the store, so a record that the store lost is not
 claimed to be there, and the store's own order of use stays right.
@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from kvferry.kvstore.client import LookupResult
-from kvferry.kvstore.codec import Record
+from kvferry.kvstore.codec import Record, verify_record
 from kvferry.kvstore.node_answers import NodeStats, PutManyOutcome
 from kvferry.kvstore.store import ChainStore, Store
 
@@ -115,9 +115,17 @@ class ReadCache:
     def end(self, key: bytes, record: Record | None) -> None:
         """The caller has read the record of a key that it began, or gives up."""
         self._reading.pop(key).set_result(record)
-        if record is None:
-            return
-        self.counters.read += 1
+        if record is not None:
+            self.counters.read += 1
+            self._keep(key, record)
+
+    def keep_put(self, key: bytes, record: bytes) -> None:
+        """The store has the record of this process: it need not cross back. Raises BlockCorrupt for no record."""
+        header = verify_record(record, key)
+        payload = memoryview(record)[-header.payload_bytes :] if header.payload_bytes else memoryview(b"")
+        self._keep(key, Record(header=header, payload=payload, nbytes=len(record)))
+
+    def _keep(self, key: bytes, record: Record) -> None:
         size = record.payload.nbytes + OVERHEAD_BYTES
         if size > self._capacity_bytes:
             return
@@ -172,7 +180,9 @@ class _CachedChain:
                     position += 1
 
     async def put(self, key: bytes, record: bytes, *, timeout_s: float | None = None) -> bool:
-        return await self._inner.put(key, record, timeout_s=timeout_s)
+        stored = await self._inner.put(key, record, timeout_s=timeout_s)
+        self._cache.keep_put(key, record)
+        return stored
 
     async def put_many(
         self, records: Sequence[tuple[bytes, bytes]], *, timeout_s: float | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import grpc.aio
 
@@ -16,9 +16,23 @@ from kvferry.kvstore.record_stream import RecordAssembler
 _RECORDS_AHEAD = 2
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
+    """A record that has come, and its check, which may be running still and raises BlockCorrupt."""
+
     num_bytes: int
-    check: asyncio.Task[Record]
+    check: Awaitable[Record]
+
+
+class Reader(Protocol):
+    """One running get, over gRPC (`RecordReader`) or the bulk port (`BulkReader`)."""
+
+    async def next(self) -> Read:
+        """The next record in order. Raises what ended the get before it."""
+        ...
+
+    async def close(self) -> None:
+        """Ends the get and forgets what was read ahead."""
+        ...
 
 
 class RecordReader:
@@ -38,10 +52,10 @@ class RecordReader:
         self._check = check
         self._assembler = RecordAssembler(num_keys=len(keys), max_record_bytes=max_record_bytes)
         self._progress_timeout_s = progress_timeout_s
-        self._ahead: asyncio.Queue[_Read | Exception] = asyncio.Queue(_RECORDS_AHEAD)
+        self._ahead: asyncio.Queue[Read | Exception] = asyncio.Queue(_RECORDS_AHEAD)
         self._task = asyncio.create_task(self._read_all(), name="kvstore-read-ahead")
 
-    async def next(self) -> _Read:
+    async def next(self) -> Read:
         """The next record in order, with its running check. Raises what ended the call before it."""
         item = await self._ahead.get()
         if isinstance(item, Exception):
@@ -55,9 +69,10 @@ class RecordReader:
         await asyncio.gather(self._task, return_exceptions=True)
         while not self._ahead.empty():
             item = self._ahead.get_nowait()
-            if isinstance(item, _Read):
-                item.check.cancel()
-                await asyncio.gather(item.check, return_exceptions=True)
+            if isinstance(item, Read):
+                check = asyncio.ensure_future(item.check)
+                check.cancel()
+                await asyncio.gather(check, return_exceptions=True)
 
     async def _read_all(self) -> None:
         try:
@@ -65,7 +80,7 @@ class RecordReader:
                 buffer = await self._next_buffer()
                 check = asyncio.ensure_future(self._check(buffer, key))
                 try:
-                    await self._ahead.put(_Read(len(buffer), check))
+                    await self._ahead.put(Read(len(buffer), check))
                 except asyncio.CancelledError:
                     check.cancel()
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,13 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvferry.kvstore.backend import Backend
+from kvferry.kvstore.bulk_server import BulkServer
 from kvferry.kvstore.config import MAX_MESSAGE_BYTES, NodeConfig
 from kvferry.kvstore.interceptor import SERVICE_NAME, ErrorInterceptor
-from kvferry.kvstore.node import KVStoreNode, NodeCounters
+from kvferry.kvstore.metrics_endpoint import MetricsEndpoint
+from kvferry.kvstore.node import KVStoreNode
+from kvferry.kvstore.node_counters import NodeCounters
+from kvferry.kvstore.node_metrics import node_families
 from kvferry.proto import kvstore_pb2_grpc
 from kvferry.proto.grpc_options import Options, server_options
 
@@ -23,7 +28,7 @@ class KVStoreServer:
     """Serves `backend` until `stop`, which also closes it. Start it once, on one event loop.
 
     `interceptors` run before the store's own (authentication belongs there). Without
-    `credentials` the port speaks plain text.
+    `credentials` the port speaks plain text. With them no bulk port is offered: it would be plain text still.
     """
 
     def __init__(
@@ -39,14 +44,24 @@ class KVStoreServer:
         self._interceptors = tuple(interceptors)
         self._credentials = credentials
         self._node = KVStoreNode(backend, self._config)
+        has_bulk = self._config.bulk_port is not None and credentials is None
+        self._bulk = BulkServer(self._node.records, self._node.counters, self._config) if has_bulk else None
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._port = 0
+        self._metrics: MetricsEndpoint | None = None
+        self.metrics_port = 0
+        """Where Prometheus asks, once started; 0: nowhere."""
 
     @property
     def address(self) -> str:
         """host:port that clients use, once started."""
         return _join_address(self._config.host, self._port)
+
+    @property
+    def bulk(self) -> BulkServer | None:
+        """The bulk port; None where none is offered."""
+        return self._bulk
 
     @property
     def counters(self) -> NodeCounters:
@@ -78,6 +93,18 @@ class KVStoreServer:
                 self._port = server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        if self._config.metrics is not None:
+            self._metrics = MetricsEndpoint(
+                self._config.metrics, lambda: node_families(self.counters, self.staged_bytes, self._backend)
+            )
+            self.metrics_port = await self._metrics.start()
+        if self._bulk is not None:
+            try:
+                await self._bulk.start()
+            except OSError:
+                await server.stop(0)
+                raise
+            self._node.offer_bulk(self._bulk)
         await server.start()
         self._server = server
         for name in _HEALTH_NAMES:
@@ -92,8 +119,11 @@ class KVStoreServer:
         """Health goes NOT_SERVING, running calls get `grace_s`, then all is closed."""
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
-            await self._server.stop(grace_s)
+            bulk = [] if self._bulk is None else [self._bulk.stop(grace_s)]
+            await asyncio.gather(self._server.stop(grace_s), *bulk)
             self._server = None
+        if self._metrics is not None:
+            await self._metrics.stop()
         self._node.close()
         await self._backend.close()
 

@@ -29,6 +29,8 @@ class FetchOutcome:
 
     num_found: int = 0
     num_fetched: int = 0
+    num_local: int = 0
+    """Of these, that did not cross."""
     num_bytes: int = 0
     """Of whole records."""
     seconds: float = 0.0
@@ -134,12 +136,14 @@ class CachedPrefix:
         payload = torch.from_numpy(np.frombuffer(record.payload, np.uint8).copy())
         self._blocks.load(index, payload)
         self._outcome.num_fetched += 1
+        self._outcome.num_local += record.nbytes == 0
         self._outcome.num_bytes += record.nbytes
         self._on_block(index)
 
     def _count(self) -> None:
         outcome, counters = self._outcome, self._policy.counters
         counters.num_blocks_fetched += outcome.num_fetched
+        counters.num_blocks_local += outcome.num_local
         counters.num_blocks_recomputed += outcome.num_found - outcome.num_fetched
         counters.num_fetches += outcome.num_fetched > 0
         counters.num_recomputed += outcome.num_found > 0 and outcome.num_fetched == 0 and not outcome.abandoned

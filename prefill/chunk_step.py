@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvferry.kernels.packed import PackedKernels
-from kvferry.prefill.prompt_blocks import PromptBlocks
+from kvferry.prefill.prompt_blocks import LocalPromptBlocks
 
 
 class ChunkStep:
@@ -21,7 +21,7 @@ class ChunkStep:
 
     def __init__(
         self,
-        blocks: PromptBlocks,
+        blocks: LocalPromptBlocks,
         index: int,
         num_tokens: int,
         kernels: PackedKernels,

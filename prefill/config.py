@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvferry.kvstore.metrics_endpoint import MetricsPlace
+
 FetchMode = Literal["measured", "always", "never"]
 
 
@@ -38,3 +40,5 @@ class PrefillConfig:
     """How long after the first token decode waits for blocks that are being published; then it takes them from here."""
     publish_timeout_s: float = 10.0
     """Longest publishing after the first token; what is left then is not stored."""
+    metrics: MetricsPlace | None = None
+    """Where Prometheus asks; None: nowhere."""

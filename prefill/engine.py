@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from kvferry.kernels.forward import CausalModel, padded_rows
 from kvferry.kernels.layout import BlockLayout
-from kvferry.kernels.packed import PackedKernels
 from kvferry.kernels.sampling import SampledToken, SamplingParams, TokenHistory, sample
-from kvferry.prefill.chunk_step import ChunkStep
 from kvferry.prefill.errors import DeadlinePassed
+from kvferry.prefill.executor import PrefillExecutor, PrefillPass
 from kvferry.prefill.job import PrefillJob
 from kvferry.prefill.prompt_blocks import PromptBlocks
 from kvferry.prefill.schedule import Schedule
@@ -37,6 +36,22 @@ class _Pass(NamedTuple):
     finished: bool
 
 
+class EngineLoad(NamedTuple):
+    """What waits in an engine, without jobs that only warm the store, and how fast it goes."""
+
+    num_jobs: int
+    queued_tokens: int
+    queued_s: float
+    token_s: float
+    """Of a token without context; 0: nothing is measured yet."""
+    context_token_s: float
+    computed_tokens: int
+    """Since the start."""
+    compute_s: float
+    num_shared_blocks: int
+    """Taken from jobs that were here at the same time."""
+
+
 class PrefillEngine:
     """Runs prefill jobs pass by pass on the canonical grid; `Schedule` says whose turn it is.
 
@@ -45,41 +60,61 @@ class PrefillEngine:
     alone, so its number of rows never depends on what was cached.
     """
 
-    def __init__(
-        self,
-        model: CausalModel,
-        kernels: PackedKernels,
-        layout: BlockLayout,
-        device: torch.device,
-        *,
-        max_pass_blocks: int = 1,
-    ) -> None:
-        self.layout = layout
-        self.device = device
+    def __init__(self, executor: PrefillExecutor, *, max_pass_blocks: int = 1) -> None:
+        self._executor = executor
         self._max_pass_blocks = max_pass_blocks
-        self._model = model
-        self._kernels = kernels
         self._schedule: Schedule[PrefillJob] = Schedule()
         self._shared = SharedBlocks()
         self._speed = ComputeSpeed()
+        self._computed_tokens = 0
+        self._compute_s = 0.0
+        self._num_shared_blocks = 0
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="prefill-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def layout(self) -> BlockLayout:
+        """Of whole blocks."""
+        return self._executor.layout
+
     def new_blocks(self, num_tokens: int) -> PromptBlocks:
         """Room for the blocks of a prompt."""
-        return PromptBlocks(self.layout, num_tokens, self.device)
+        return self._executor.new_blocks(num_tokens)
 
     @property
     def vocab_size(self) -> int:
-        return self._model.vocab_size
+        return self._executor.vocab_size
+
+    @property
+    def num_waiting(self) -> int:
+        """Submitted jobs that had no turn yet."""
+        with self._wake:
+            return sum(job.queue_seconds is None for job in self._schedule)
 
     @property
     def seconds_left(self) -> float:
         """How long the submitted jobs will take, by the speed of the last passes; 0 before the first one."""
         with self._wake:
             return self._seconds_left()
+
+    @property
+    def load(self) -> EngineLoad:
+        """For whoever decides which worker gets the next prompt."""
+        with self._wake:
+            jobs = [job for job in self._schedule if not job.warm]
+            known = self._speed.is_known
+            return EngineLoad(
+                num_jobs=len(jobs),
+                queued_tokens=sum(job.num_left for job in jobs),
+                queued_s=self._seconds_of(jobs),
+                token_s=self._speed.token_s if known else 0.0,
+                context_token_s=self._speed.context_token_s if known else 0.0,
+                computed_tokens=self._computed_tokens,
+                compute_s=self._compute_s,
+                num_shared_blocks=self._num_shared_blocks,
+            )
 
     def seconds_for(self, first_token: int, end_token: int) -> float:
         """How long these tokens of a new prompt will take, by the speed of the last passes.
@@ -184,6 +219,8 @@ class PrefillEngine:
             num_tokens, tokens = self._compute(job, 1 if others_wait or job.warm else self._max_pass_blocks)
             seconds = time.monotonic() - started
             job.compute_seconds += seconds
+            self._computed_tokens += num_tokens
+            self._compute_s += seconds
             self._measure(begin, begin + num_tokens, seconds)
         finished = job.num_left == 0 or bool(tokens)
         if finished and not job.cancelled:
@@ -197,6 +234,7 @@ class PrefillEngine:
         limit = blocks.num_blocks if job.warm else (len(job.token_ids) - 1) // self.layout.block_size
         self._shared.take(job.keys, blocks, limit=limit)
         job.num_shared_blocks += blocks.num_ready - first
+        self._num_shared_blocks += blocks.num_ready - first
         self._finish_blocks(job, first)
 
     def _compute(self, job: PrefillJob, max_blocks: int) -> tuple[int, list[SampledToken]]:
@@ -214,14 +252,10 @@ class PrefillEngine:
             if not job.cancelled:
                 job.on_layer(index, past, layer)
 
-        padding = [0] * (padded_rows(num_tokens) - num_tokens)
-        hidden = self._model.hidden(
-            torch.tensor(job.token_ids[begin:end] + padding, device=self.device),
-            torch.tensor([*range(begin, end), *padding], device=self.device),
-            ChunkStep(blocks, index, num_tokens, self._kernels, on_layer=on_layer),
-        )
         last = end == len(job.token_ids) and not job.warm
-        tokens = self._first_tokens(job, hidden[num_tokens - 1]) if last else []
+        work = PrefillPass(index=index, begin=begin, token_ids=job.token_ids[begin:end], wants_logits=last)
+        logits = self._executor.run(blocks, work, on_layer)
+        tokens = [] if logits is None else self._first_tokens(job, logits)
         blocks.num_ready = min(index + width, blocks.num_blocks)
         self._finish_blocks(job, index)
         return num_tokens, tokens
@@ -233,9 +267,7 @@ class PrefillEngine:
             if not job.cancelled:
                 job.on_block(index)
 
-    def _first_tokens(self, job: PrefillJob, hidden: torch.Tensor) -> list[SampledToken]:
-        rows = hidden.expand(padded_rows(1), -1).contiguous()
-        logits = self._model.logits(rows)[0]
+    def _first_tokens(self, job: PrefillJob, logits: torch.Tensor) -> list[SampledToken]:
         history = TokenHistory.of(job.token_ids)
         seeds = [(job.sampling.seed + answer) % SEEDS for answer in range(job.num_answers)]
         return [sample(logits, replace(job.sampling, seed=seed), history) for seed in seeds]
@@ -248,9 +280,12 @@ class PrefillEngine:
             self._speed.measure(begin, end, seconds)
 
     def _seconds_left(self) -> float:
+        return self._seconds_of(self._schedule)
+
+    def _seconds_of(self, jobs: Iterable[PrefillJob]) -> float:
         if not self._speed.is_known:
             return 0.0
-        return sum(self._speed.seconds(len(job.token_ids) - job.num_left, len(job.token_ids)) for job in self._schedule)
+        return sum(self._speed.seconds(len(job.token_ids) - job.num_left, len(job.token_ids)) for job in jobs)
 
 
 def _ended(job: PrefillJob) -> bool:

@@ -35,6 +35,8 @@ class FetchCounters:
     num_lookups_skipped: int = 0
     num_probes: int = 0
     num_blocks_fetched: int = 0
+    num_blocks_local: int = 0
+    """Of these, from this process's memory."""
     num_blocks_recomputed: int = 0
     """Blocks computed although the store had them."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,56 @@ from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.packed import PackedPrefix
 
 
-class PromptBlocks:
-    """Packed blocks, sinks and fp16 tail of one prompt, on the model's device. Owned by one request.
+class PromptBlocks(Protocol):
+    """Packed blocks, sinks and fp16 tail of one prompt, wherever they are. Owned by one request.
+
+    Blocks [0, num_ready) are complete and never change again.
+    """
+
+    num_ready: int
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Of whole blocks."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Complete ones, when all is computed."""
+        ...
+
+    @property
+    def tail_len(self) -> int: ...
+
+    @property
+    def tail_size(self) -> int:
+        """Bytes of `tail_bytes`."""
+        ...
+
+    def load(self, index: int, payload: Tensor) -> None:
+        """Takes block `index` from its stored payload (uint8). Raises ValueError for a wrong size."""
+        ...
+
+    def copy(self, index: int, other: PromptBlocks) -> None:
+        """Takes block `index`, the next one, from another prompt of the same executor that has the same tokens up to
+        its end."""
+        ...
+
+    def payload(self, index: int) -> memoryview:
+        """Payload of block `index` in host memory."""
+        ...
+
+    def layer_share(self, index: int, layer: int) -> memoryview:
+        """One layer of `payload(index)`, or with `index` = num_blocks of the tail, in host memory."""
+        ...
+
+    def tail_bytes(self) -> bytes:
+        """fp16 [layer][K|V][kv_head][token][head_dim] of the incomplete block; empty if there is none."""
+        ...
+
+
+class LocalPromptBlocks:
+    """`PromptBlocks` on one device.
 
     Block i of the prompt is row i of `pool`; blocks [0, num_ready) are complete and never change again.
     """
@@ -29,8 +79,11 @@ class PromptBlocks:
         """The first `num_blocks` blocks, as the chunk after them sees them."""
         return PackedPrefix(layout=self.layout, pool=self.pool, table=self._table[:num_blocks], sinks=self.sinks)
 
+    @property
+    def tail_size(self) -> int:
+        return self.tail.nbytes
+
     def load(self, index: int, payload: Tensor) -> None:
-        """Takes block `index` from its stored payload (uint8). Raises ValueError for a wrong size."""
         block, sinks = self.layout.split_payload(payload, index)
         self.pool[index].copy_(block)
         if sinks is not None:
@@ -38,20 +91,18 @@ class PromptBlocks:
         self.num_ready = index + 1
 
     def copy(self, index: int, other: PromptBlocks) -> None:
-        """Takes block `index`, the next one, from another prompt that has the same tokens up to its end."""
+        assert isinstance(other, LocalPromptBlocks)
         self.pool[index].copy_(other.pool[index])
         if index == 0:
             self.sinks.copy_(other.sinks)
         self.num_ready = index + 1
 
     def payload(self, index: int) -> memoryview:
-        """Payload of block `index` in host memory."""
         sinks = self.sinks if index == 0 else None
         joined = self.layout.join_payload(self.pool[index], sinks)
         return joined.cpu().numpy().data
 
     def layer_share(self, index: int, layer: int) -> memoryview:
-        """One layer of `payload(index)`, or with `index` = num_blocks of the tail, in host memory."""
         if index == self.num_blocks:
             share = self.tail[layer].view(torch.uint8).flatten()
         else:
@@ -59,5 +110,4 @@ class PromptBlocks:
         return share.cpu().numpy().data
 
     def tail_bytes(self) -> bytes:
-        """fp16 [layer][K|V][kv_head][token][head_dim] of the incomplete block; empty if there is none."""
         return self.tail.cpu().numpy().tobytes()

@@ -19,10 +19,12 @@ from kvferry.prefill.config import FetchMode, PrefillConfig
 from kvferry.prefill.engine import PrefillEngine
 from kvferry.prefill.errors import DeadlinePassed, QueueFull
 from kvferry.prefill.fetch_policy import AlwaysFetch, FetchPolicy, NeverFetch
+from kvferry.prefill.metrics import PrefillMetrics
 from kvferry.prefill.pieces import Piece, PieceQueue, Seal
 from kvferry.prefill.session import BlockReady, Event, HandoffReady, PrefillSession, PrefillUsage
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.attempts import Attempts, CallEnded
+from kvferry.proto.request_id import bind_request_id
 from kvferry.proto.trailing_metadata import RETRY_AFTER_KEY
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,10 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         store: Store | None,
         info: worker_pb2.WorkerInfo,
         config: PrefillConfig,
+        cache_blocks: int = 0,
     ) -> None:
+        """`cache_blocks`: how many blocks `store` keeps in this process."""
+        self._cache_blocks = cache_blocks
         self._engine = engine
         self._store = store
         self._info = info
@@ -63,15 +68,32 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         """The calls that run here; publishing may go on after them."""
         self.fetch_policy: FetchPolicy = FETCH_POLICIES[config.fetch]()
         """Decides for every request whether its cached blocks are fetched."""
+        self.metrics = PrefillMetrics(info.model_name)
 
     @property
     def num_requests(self) -> int:
         """Requests that are computing or publishing."""
         return len(self._running)
 
+    @property
+    def num_waiting(self) -> int:
+        """Of these, those that wait for their first turn."""
+        return self._engine.num_waiting
+
+    @property
+    def num_held_tokens(self) -> int:
+        """Prompt tokens of these requests."""
+        return sum(held.num_tokens for held in self._running.values())
+
+    @property
+    def backlog_s(self) -> float:
+        """How long the engine will take for what it has, by the speed of its last passes."""
+        return self._engine.seconds_left
+
     def stats(self) -> worker_pb2.PrefillStats:
         """What this worker is doing, and what it has measured."""
         counters, estimates = self.fetch_policy.counters, self.fetch_policy.estimates()
+        load = self._engine.load
         return worker_pb2.PrefillStats(
             num_requests=self.num_requests,
             num_fetches=counters.num_fetches,
@@ -85,12 +107,24 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
             fetch_latency_seconds=estimates.latency_s,
             lookup_seconds=estimates.lookup_s,
             block_compute_seconds=self._engine.seconds_for(0, self._info.block_size),
+            num_computing=load.num_jobs,
+            queued_tokens=load.queued_tokens,
+            queued_seconds=load.queued_s,
+            token_seconds=load.token_s,
+            context_token_seconds=load.context_token_s,
+            uses_store=self._store is not None and self._config.fetch != "never",
+            cache_blocks=self._cache_blocks,
+            computed_tokens=load.computed_tokens,
+            compute_seconds=load.compute_s,
+            num_blocks_shared=load.num_shared_blocks,
+            num_blocks_local=counters.num_blocks_local,
         )
 
     async def Prefill(  # type: ignore[override]  # the stubs know generators only; this one reads and writes at once
         self, request_iterator: AsyncIterator[worker_pb2.PrefillCommand], context: Context
     ) -> None:
         start = await self._read_start(context)
+        bind_request_id(start.request_id)
         try:
             with self.attempts.running(start.tenant, start.request_id, start.attempt):
                 await self._check(start, context)
@@ -173,6 +207,7 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
         write_lock = asyncio.Lock()
         compute = asyncio.create_task(session.run())
         self._admit(compute, _held(start))
+        compute.add_done_callback(lambda task: self._count(task, session, start))
         events = asyncio.create_task(_send_events(session, context, write_lock))
         commands = asyncio.create_task(_answer_commands(session, context, write_lock))
         sending = [events, commands]
@@ -205,6 +240,31 @@ class PrefillServicer(worker_pb2_grpc.PrefillServicer):
                 logger.warning("a prefill request ended with %s", type(task.exception()).__name__)
 
         compute.add_done_callback(leave)
+
+    def _count(self, task: asyncio.Task[None], session: PrefillSession, start: worker_pb2.PrefillStart) -> None:
+        if task.cancelled() or task.exception() is not None:
+            self.metrics.failed()
+            return
+        usage = session.usage
+        logger.debug(
+            "prompt finished",
+            extra={
+                "fields": {
+                    "prompt_tokens": len(start.token_ids),
+                    "cached_tokens": usage.num_cached_tokens,
+                    "queue_s": round(usage.queue_seconds, 4),
+                    "fetch_s": round(usage.fetch_seconds, 4),
+                    "prefill_s": round(usage.compute_seconds, 4),
+                }
+            },
+        )
+        self.metrics.finished(
+            usage,
+            num_tokens=len(start.token_ids),
+            block_size=self._info.block_size,
+            bf16_bytes_per_token=self._info.kv_bytes_per_token_bf16,
+            warm=start.warm,
+        )
 
 
 def _held(start: worker_pb2.PrefillStart) -> Held:

@@ -142,6 +142,11 @@ class PrefillSession:
             self.pieces.close()
             self.pieces = None  # it knows this session, too
 
+    @property
+    def usage(self) -> PrefillUsage:
+        """What the request has cost so far."""
+        return self._usage
+
     async def next_event(self) -> Event:
         return await self._events.get()
 
@@ -249,7 +254,7 @@ class PrefillSession:
             self._usage.compute_seconds = job.compute_seconds
             self.handed_over = True
             if not self._warm:
-                tail_bytes = self._blocks.tail.nbytes
+                tail_bytes = self._blocks.tail_size
                 tail = self._blocks.tail_bytes() if self.pieces is None else b""
                 self._events.put_nowait(HandoffReady(tokens, tail_bytes, tail, replace(self._usage)))
             await self._finish_publishing(publisher)

@@ -67,6 +67,16 @@ class ComputeSpeed:
     def is_known(self) -> bool:
         return self._cost.num_measured > 0
 
+    @property
+    def token_s(self) -> float:
+        """Of a token without context."""
+        return self._cost.first
+
+    @property
+    def context_token_s(self) -> float:
+        """More, for each token that it attends to."""
+        return self._cost.second
+
     def measure(self, begin: int, end: int, seconds: float) -> None:
         """Tokens [begin, end) of a prompt took `seconds`."""
         self._cost.measure(*_work(begin, end), seconds)

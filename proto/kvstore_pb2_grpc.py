@@ -46,6 +46,11 @@ class KVStoreStub:
                 request_serializer=kvferry_dot_proto_dot_kvstore__pb2.GetRequest.SerializeToString,
                 response_deserializer=kvferry_dot_proto_dot_kvstore__pb2.GetFrame.FromString,
                 _registered_method=True)
+        self.OpenBulk = channel.unary_unary(
+                '/kvferry.kvstore.v1.KVStore/OpenBulk',
+                request_serializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkReply.FromString,
+                _registered_method=True)
         self.Put = channel.stream_unary(
                 '/kvferry.kvstore.v1.KVStore/Put',
                 request_serializer=kvferry_dot_proto_dot_kvstore__pb2.PutFrame.SerializeToString,
@@ -98,6 +103,14 @@ class KVStoreServicer:
 
     def Get(self, request, context):
         """Streams the records of `keys` in order. Stops after the first key that is missing (one frame with `missing`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenBulk(self, request, context):
+        """A session on the node's bulk port, where Get goes over a plain socket (kvstore/bulk_frames.py has the frames). A node
+        that offers none answers with an empty address. Who may call this may read: it passes what any call passes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -167,6 +180,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=kvferry_dot_proto_dot_kvstore__pb2.GetRequest.FromString,
                     response_serializer=kvferry_dot_proto_dot_kvstore__pb2.GetFrame.SerializeToString,
+            ),
+            'OpenBulk': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenBulk,
+                    request_deserializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkReply.SerializeToString,
             ),
             'Put': grpc.stream_unary_rpc_method_handler(
                     servicer.Put,
@@ -260,6 +278,33 @@ class KVStore:
             '/kvferry.kvstore.v1.KVStore/Get',
             kvferry_dot_proto_dot_kvstore__pb2.GetRequest.SerializeToString,
             kvferry_dot_proto_dot_kvstore__pb2.GetFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenBulk(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.kvstore.v1.KVStore/OpenBulk',
+            kvferry_dot_proto_dot_kvstore__pb2.OpenBulkRequest.SerializeToString,
+            kvferry_dot_proto_dot_kvstore__pb2.OpenBulkReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,10 @@ class KVStoreStub:
     """
     Get: _grpc.UnaryStreamMultiCallable[_kvstore_pb2.GetRequest, _kvstore_pb2.GetFrame]
     """Streams the records of `keys` in order. Stops after the first key that is missing (one frame with `missing`)."""
+    OpenBulk: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.OpenBulkRequest, _kvstore_pb2.OpenBulkReply]
+    """A session on the node's bulk port, where Get goes over a plain socket (kvstore/bulk_frames.py has the frames). A node
+    that offers none answers with an empty address. Who may call this may read: it passes what any call passes.
+    """
     Put: _grpc.StreamUnaryMultiCallable[_kvstore_pb2.PutFrame, _kvstore_pb2.PutReply]
     """Two-phase put of one record: `begin`, then `chunk`s, then `commit`. The record is readable only after a commit
     whose checks passed; a stream that ends before leaves nothing behind. A put never overwrites.
@@ -75,6 +79,10 @@ class KVStoreAsyncStub(KVStoreStub):
     """
     Get: _aio.UnaryStreamMultiCallable[_kvstore_pb2.GetRequest, _kvstore_pb2.GetFrame]  # type: ignore[assignment]
     """Streams the records of `keys` in order. Stops after the first key that is missing (one frame with `missing`)."""
+    OpenBulk: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.OpenBulkRequest, _kvstore_pb2.OpenBulkReply]  # type: ignore[assignment]
+    """A session on the node's bulk port, where Get goes over a plain socket (kvstore/bulk_frames.py has the frames). A node
+    that offers none answers with an empty address. Who may call this may read: it passes what any call passes.
+    """
     Put: _aio.StreamUnaryMultiCallable[_kvstore_pb2.PutFrame, _kvstore_pb2.PutReply]  # type: ignore[assignment]
     """Two-phase put of one record: `begin`, then `chunk`s, then `commit`. The record is readable only after a commit
     whose checks passed; a stream that ends before leaves nothing behind. A put never overwrites.
@@ -118,6 +126,16 @@ class KVStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvstore_pb2.GetFrame], _abc.AsyncIterator[_kvstore_pb2.GetFrame]]:
         """Streams the records of `keys` in order. Stops after the first key that is missing (one frame with `missing`)."""
+
+    @_abc_1.abstractmethod
+    def OpenBulk(
+        self,
+        request: _kvstore_pb2.OpenBulkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.OpenBulkReply, _abc.Awaitable[_kvstore_pb2.OpenBulkReply]]:
+        """A session on the node's bulk port, where Get goes over a plain socket (kvstore/bulk_frames.py has the frames). A node
+        that offers none answers with an empty address. Who may call this may read: it passes what any call passes.
+        """
 
     @_abc_1.abstractmethod
     def Put(

@@ -145,6 +145,7 @@ class DecodeStats(_message.Message):
     NUM_SWAPS_FIELD_NUMBER: _builtins.int
     NUM_ANSWERS_PUBLISHED_FIELD_NUMBER: _builtins.int
     NUM_ANSWERS_NOT_PUBLISHED_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
     pool_blocks: _builtins.int
     pool_blocks_used: _builtins.int
     """by running requests; shared ones count once"""
@@ -161,6 +162,8 @@ class DecodeStats(_message.Message):
     num_answers_published: _builtins.int
     num_answers_not_published: _builtins.int
     """too many at once, or prefill refused"""
+    step_seconds: _builtins.float
+    """of the last steps, smoothed; 0 before the first"""
     def __init__(
         self,
         *,
@@ -173,10 +176,11 @@ class DecodeStats(_message.Message):
         num_swaps: _builtins.int = ...,
         num_answers_published: _builtins.int = ...,
         num_answers_not_published: _builtins.int = ...,
+        step_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_answers_not_published", b"num_answers_not_published", "num_answers_published", b"num_answers_published", "num_requests", b"num_requests", "num_running", b"num_running", "num_swaps", b"num_swaps", "num_waiting", b"num_waiting", "pool_blocks", b"pool_blocks", "pool_blocks_cached", b"pool_blocks_cached", "pool_blocks_used", b"pool_blocks_used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_answers_not_published", b"num_answers_not_published", "num_answers_published", b"num_answers_published", "num_requests", b"num_requests", "num_running", b"num_running", "num_swaps", b"num_swaps", "num_waiting", b"num_waiting", "pool_blocks", b"pool_blocks", "pool_blocks_cached", b"pool_blocks_cached", "pool_blocks_used", b"pool_blocks_used", "step_seconds", b"step_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -198,6 +202,17 @@ class PrefillStats(_message.Message):
     FETCH_LATENCY_SECONDS_FIELD_NUMBER: _builtins.int
     LOOKUP_SECONDS_FIELD_NUMBER: _builtins.int
     BLOCK_COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_COMPUTING_FIELD_NUMBER: _builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUED_SECONDS_FIELD_NUMBER: _builtins.int
+    TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    USES_STORE_FIELD_NUMBER: _builtins.int
+    CACHE_BLOCKS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_SHARED_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_LOCAL_FIELD_NUMBER: _builtins.int
     num_requests: _builtins.int
     """computing or publishing"""
     num_fetches: _builtins.int
@@ -217,6 +232,30 @@ class PrefillStats(_message.Message):
     lookup_seconds: _builtins.float
     block_compute_seconds: _builtins.float
     """of a prompt's first block, waiting for other requests included"""
+    num_computing: _builtins.int
+    """For routers: what waits here, and how fast it goes. Requests that only warm the store do not count.
+    requests whose prompt is not computed yet
+    """
+    queued_tokens: _builtins.int
+    """that are not computed yet, of these"""
+    queued_seconds: _builtins.float
+    """what computing them will take"""
+    token_seconds: _builtins.float
+    """computing a token takes this; 0: nothing is measured yet ..."""
+    context_token_seconds: _builtins.float
+    """... and this for each token that it attends to"""
+    uses_store: _builtins.bool
+    """has a store, and may fetch from it"""
+    cache_blocks: _builtins.int
+    """blocks for which the worker's own cache of records has room"""
+    computed_tokens: _builtins.int
+    """since the start"""
+    compute_seconds: _builtins.float
+    """that these took"""
+    num_blocks_shared: _builtins.int
+    """taken from a request that was here, too"""
+    num_blocks_local: _builtins.int
+    """of those fetched: from the worker's own cache of records"""
     def __init__(
         self,
         *,
@@ -232,10 +271,21 @@ class PrefillStats(_message.Message):
         fetch_latency_seconds: _builtins.float = ...,
         lookup_seconds: _builtins.float = ...,
         block_compute_seconds: _builtins.float = ...,
+        num_computing: _builtins.int = ...,
+        queued_tokens: _builtins.int = ...,
+        queued_seconds: _builtins.float = ...,
+        token_seconds: _builtins.float = ...,
+        context_token_seconds: _builtins.float = ...,
+        uses_store: _builtins.bool = ...,
+        cache_blocks: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
+        compute_seconds: _builtins.float = ...,
+        num_blocks_shared: _builtins.int = ...,
+        num_blocks_local: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_compute_seconds", b"block_compute_seconds", "fetch_bytes_per_second", b"fetch_bytes_per_second", "fetch_latency_seconds", b"fetch_latency_seconds", "lookup_seconds", b"lookup_seconds", "num_blocks_fetched", b"num_blocks_fetched", "num_blocks_recomputed", b"num_blocks_recomputed", "num_fetches", b"num_fetches", "num_fetches_abandoned", b"num_fetches_abandoned", "num_lookups_skipped", b"num_lookups_skipped", "num_probes", b"num_probes", "num_recomputed", b"num_recomputed", "num_requests", b"num_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_compute_seconds", b"block_compute_seconds", "cache_blocks", b"cache_blocks", "compute_seconds", b"compute_seconds", "computed_tokens", b"computed_tokens", "context_token_seconds", b"context_token_seconds", "fetch_bytes_per_second", b"fetch_bytes_per_second", "fetch_latency_seconds", b"fetch_latency_seconds", "lookup_seconds", b"lookup_seconds", "num_blocks_fetched", b"num_blocks_fetched", "num_blocks_local", b"num_blocks_local", "num_blocks_recomputed", b"num_blocks_recomputed", "num_blocks_shared", b"num_blocks_shared", "num_computing", b"num_computing", "num_fetches", b"num_fetches", "num_fetches_abandoned", b"num_fetches_abandoned", "num_lookups_skipped", b"num_lookups_skipped", "num_probes", b"num_probes", "num_recomputed", b"num_recomputed", "num_requests", b"num_requests", "queued_seconds", b"queued_seconds", "queued_tokens", b"queued_tokens", "token_seconds", b"token_seconds", "uses_store", b"uses_store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -259,7 +309,7 @@ class ModelIdentity(_message.Message):
     """the quantization spec"""
     layout_version: _builtins.int
     numerics_class: _builtins.bytes
-    """kernels, dtype, device, versions and a probe of what this worker computes"""
+    """of the blocks that this worker makes: kernels, ranks, versions and a probe; any class is read"""
     def __init__(
         self,
         *,
@@ -469,7 +519,7 @@ class PrefillStart(_message.Message):
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
     def identity(self) -> Global___ModelIdentity:
-        """the caller's; another identity is refused with FAILED_PRECONDITION"""
+        """that the caller takes the worker for; refused with FAILED_PRECONDITION if it has another"""
 
     @_builtins.property
     def pieces(self) -> Global___PieceRequest:
@@ -822,6 +872,7 @@ class DecodeRequest(_message.Message):
     PREFILL_ADDRESS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    PREFILL_IDENTITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     tenant: _builtins.str
     prefill_address: _builtins.str
@@ -834,6 +885,10 @@ class DecodeRequest(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
+    @_builtins.property
+    def prefill_identity(self) -> Global___ModelIdentity:
+        """of the prefill worker: its blocks have its numerics class; unset: the decode worker's own"""
+
     def __init__(
         self,
         *,
@@ -844,10 +899,11 @@ class DecodeRequest(_message.Message):
         prefill_address: _builtins.str = ...,
         priority: _builtins.int = ...,
         attempt: _builtins.int = ...,
+        prefill_identity: Global___ModelIdentity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_identity", b"prefill_identity", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "prefill_address", b"prefill_address", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "prefill_address", b"prefill_address", "prefill_identity", b"prefill_identity", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -169,6 +169,7 @@ class Workers:
             tenant=tenant,
             token_ids=token_ids,
             prefill_address=self.prefill_address,
+            prefill_identity=self.prefill_server._runtime.identity,
             priority=priority,
             sampling=worker_pb2.SamplingParams(**sampling),
         )
@@ -181,6 +182,7 @@ async def _serve_workers(
     store_address: str | RingConfig | None,
     decode_config: DecodeConfig | None = None,
     store_cache_bytes: int | None = None,
+    decode_runtime: ModelRuntime | None = None,
 ) -> AsyncIterator[Workers]:
     prefill = WorkerServer(
         runtime,
@@ -189,7 +191,9 @@ async def _serve_workers(
         store_cache_bytes=store_cache_bytes,
     )
     decode = WorkerServer(
-        runtime, config=decode_config or DecodeConfig(kv_memory=32 * 2**20), store_address=store_address
+        decode_runtime or runtime,
+        config=decode_config or DecodeConfig(kv_memory=32 * 2**20),
+        store_address=store_address,
     )
     prefill_address, decode_address = await prefill.start(), await decode.start()
     async with grpc.aio.insecure_channel(decode_address) as channel:
@@ -210,9 +214,10 @@ async def serve_workers() -> AsyncIterator[Callable[..., Any]]:
             store_address: str | RingConfig | None = None,
             decode_config: DecodeConfig | None = None,
             store_cache_bytes: int | None = None,
+            decode_runtime: ModelRuntime | None = None,
         ) -> Workers:
             return await stack.enter_async_context(
-                _serve_workers(runtime, store_address, decode_config, store_cache_bytes)
+                _serve_workers(runtime, store_address, decode_config, store_cache_bytes, decode_runtime)
             )
 
         yield start
@@ -234,9 +239,9 @@ async def make_store() -> AsyncIterator[Callable[..., Any]]:
     """Starts a KV store node on a loopback socket: `await make_store(capacity_bytes=...)`."""
     servers: list[KVStoreServer] = []
 
-    async def start(capacity_bytes: int = 2**28) -> Store:
+    async def start(capacity_bytes: int = 2**28, bulk_port: int | None = 0) -> Store:
         backend = MemoryBackend(capacity_bytes=capacity_bytes)
-        server = KVStoreServer(backend, NodeConfig())
+        server = KVStoreServer(backend, NodeConfig(bulk_port=bulk_port))
         await server.start()
         servers.append(server)
         return Store(server.address, backend)

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PretrainedConfig, QuantizedCache
 from kvferry.deploy.worker_server import ModelRuntime
 from kvferry.kernels.sampling import SampledToken, SamplingParams
 from kvferry.prefill.engine import PrefillJob
-from kvferry.prefill.prompt_blocks import PromptBlocks
+from kvferry.prefill.prompt_blocks import LocalPromptBlocks
 
 QUANTIZED_BITS = 2
 QUANTIZED_GROUP = 64
@@ -22,11 +22,11 @@ QUANTIZED_RESIDUAL = 128
 
 def prefilled_blocks(
     runtime: ModelRuntime, num_tokens: int, *, timeout_s: float, on_block: Callable[[int], None]
-) -> PromptBlocks:
+) -> LocalPromptBlocks:
     """Blocks of random tokens by the real prefill engine, chunk by chunk. Raises its error, or TimeoutError."""
     generator = torch.Generator().manual_seed(0)
     outcome: Future[list[SampledToken]] = Future()
-    blocks = runtime.engine.new_blocks(num_tokens)
+    blocks = LocalPromptBlocks(runtime.layout, num_tokens, runtime.loaded.device)
     job = PrefillJob(
         token_ids=torch.randint(runtime.model.vocab_size, (num_tokens,), generator=generator).tolist(),
         sampling=SamplingParams(),
@@ -43,10 +43,10 @@ def prefilled_blocks(
     return blocks
 
 
-def random_blocks(runtime: ModelRuntime, num_tokens: int, *, on_block: Callable[[int], None]) -> PromptBlocks:
+def random_blocks(runtime: ModelRuntime, num_tokens: int, *, on_block: Callable[[int], None]) -> LocalPromptBlocks:
     """Blocks of random K and V by the real quantizer: the same bytes to read, without the quadratic prefill."""
     layout, kernels = runtime.layout, runtime.selection.kernels
-    blocks = runtime.engine.new_blocks(num_tokens)
+    blocks = LocalPromptBlocks(runtime.layout, num_tokens, runtime.loaded.device)
     generator = torch.Generator(blocks.pool.device).manual_seed(0)
     shape = (2, layout.num_kv_heads, layout.block_size, layout.head_dim)
     for index in range(blocks.num_blocks):

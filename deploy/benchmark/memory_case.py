@@ -23,9 +23,10 @@ from kvferry.deploy.benchmark.context import dynamic_cache, prefilled_blocks, ra
 from kvferry.deploy.benchmark.packed_decoder import PackedDecoder
 from kvferry.deploy.benchmark.resident_memory import peak_bytes, reset_peak, resident_bytes, return_freed_memory
 from kvferry.deploy.benchmark.transformers_decoder import TransformersDecoder
+from kvferry.deploy.model_config import resolve_dtype
 from kvferry.deploy.spec_file import resolve_spec
-from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, resolve_dtype
-from kvferry.prefill.prompt_blocks import PromptBlocks
+from kvferry.deploy.worker_server import ModelConfig, ModelRuntime
+from kvferry.prefill.prompt_blocks import LocalPromptBlocks
 
 TRANSFORMERS = "transformers"
 WARM_UP_STEPS = 2
@@ -163,7 +164,7 @@ def _packed_filler(runtime: ModelRuntime, request: MemoryRequest) -> Callable[[R
     return fill
 
 
-def _held_bytes(blocks: PromptBlocks) -> int:
+def _held_bytes(blocks: LocalPromptBlocks) -> int:
     """Of blocks, sinks and tail."""
     return sum(part.numel() * part.element_size() for part in (blocks.pool, blocks.sinks, blocks.tail))
 

@@ -9,12 +9,13 @@ from itertools import pairwise
 
 from kvferry.decode.cache import PackedCache
 from kvferry.decode.engine import DecodeEngine
+from kvferry.decode.executor import LocalDecode
 from kvferry.decode.sequence import Sequence, SequenceListener, TokenEvent
 from kvferry.deploy.benchmark.step_time import StepTime, now
 from kvferry.deploy.worker_server import ModelRuntime
 from kvferry.kernels.forward import padded_rows
 from kvferry.kernels.sampling import SamplingParams, TokenHistory
-from kvferry.prefill.prompt_blocks import PromptBlocks
+from kvferry.prefill.prompt_blocks import LocalPromptBlocks
 
 STEP_TIMEOUT_S = 120.0
 PAUSE_TIMEOUT_S = 3600.0
@@ -40,14 +41,18 @@ class PackedDecoder:
         self._error: Exception | None = None
         invariant, rows = runtime.rows_invariant, len(self._waiting)
         self._engine = DecodeEngine(
-            runtime.model,
-            runtime.selection.kernels,
-            cache,
-            pad_rows=padded_rows if invariant else lambda n: rows,
+            LocalDecode(
+                runtime.model,
+                runtime.selection.kernels,
+                cache,
+                pad_rows=padded_rows if invariant else lambda n: rows,
+            )
         )
 
     @classmethod
-    def copies_of(cls, runtime: ModelRuntime, blocks: PromptBlocks, *, batch: int, max_tokens: int) -> PackedDecoder:
+    def copies_of(
+        cls, runtime: ModelRuntime, blocks: LocalPromptBlocks, *, batch: int, max_tokens: int
+    ) -> PackedDecoder:
         """Each sequence gets its own copy of the blocks, so that every step reads all of them from memory."""
         layout, held = runtime.layout, blocks.num_blocks
         room = held + (blocks.tail_len + max_tokens) // layout.block_size
@@ -69,7 +74,7 @@ class PackedDecoder:
         )
 
     @classmethod
-    def in_place(cls, runtime: ModelRuntime, blocks: PromptBlocks, *, max_tokens: int) -> PackedDecoder:
+    def in_place(cls, runtime: ModelRuntime, blocks: LocalPromptBlocks, *, max_tokens: int) -> PackedDecoder:
         """One sequence that reads `blocks` where they are, as if they had been fetched: one copy in memory.
 
         Raises ValueError when the tokens would fill the tail: there is no room for another block.
@@ -142,14 +147,14 @@ class PackedDecoder:
         """The engine is closed, or `error` said why."""
 
 
-def _load_ends(cache: PackedCache, slot: int, blocks: PromptBlocks) -> None:
+def _load_ends(cache: PackedCache, slot: int, blocks: LocalPromptBlocks) -> None:
     """Sinks and tail."""
     cache.sinks[slot].copy_(blocks.sinks)
     cache.tails[slot, :, :, :, : blocks.tail_len].copy_(blocks.tail)
 
 
 def _sequence(
-    slot: int, blocks: PromptBlocks, block_ids: list[int], max_tokens: int, listener: SequenceListener
+    slot: int, blocks: LocalPromptBlocks, block_ids: list[int], max_tokens: int, listener: SequenceListener
 ) -> Sequence:
     history = TokenHistory.of([])
     history.append(FIRST_TOKEN)

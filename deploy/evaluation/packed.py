@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvferry.decode.cache import PackedCache
 from kvferry.decode.engine import DecodeEngine
+from kvferry.decode.executor import LocalDecode
 from kvferry.decode.sequence import Sequence, TokenEvent
 from kvferry.deploy.models import LoadedModel
 from kvferry.kernels.dispatch import select_kernels
@@ -31,6 +32,7 @@ from kvferry.kvstore.key import Namespace, block_keys
 from kvferry.kvstore.memory_backend import MemoryBackend
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.prefill.engine import PrefillEngine
+from kvferry.prefill.executor import LocalPrefill
 from kvferry.prefill.prompt_blocks import PromptBlocks
 
 PREFILL_TIMEOUT_S = 3600.0
@@ -56,7 +58,7 @@ class PackedRun:
         self._device = loaded.device
         self._kernels = select_kernels(loaded.device, head_dim=model.head_dim, impl=kernels).kernels
         self._model: CausalModel = model if spec.value_rotation == "none" else RotatedModel(model, loaded.device)
-        self._prefill = PrefillEngine(self._model, self._kernels, self.layout, loaded.device)
+        self._prefill = PrefillEngine(LocalPrefill(self._model, self._kernels, self.layout, loaded.device))
         self._namespace = Namespace(
             tenant="evaluation",
             weights_digest=loaded.weights_digest,
@@ -143,7 +145,7 @@ class PackedRun:
                     listener=waiting,
                 )
             )
-        engine = DecodeEngine(model, self._kernels, cache)
+        engine = DecodeEngine(LocalDecode(model, self._kernels, cache))
         try:
             for sequence in sequences:
                 engine.add(sequence)
@@ -178,7 +180,8 @@ class PackedRun:
 
     def _load(self, cache: PackedCache, slot: int, ids: list[int], blocks: PromptBlocks, payloads: list[bytes]) -> None:
         for index, payload in enumerate(payloads):
-            cache.load_block(ids[index], torch.frombuffer(bytearray(payload), dtype=torch.uint8), index)
+            whole = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+            cache.load_block(whole, index, block_id=ids[index], slot=None)
         if payloads:
             cache.use_sinks(slot, ids[0])
         cache.load_tail(slot, blocks.tail_bytes())

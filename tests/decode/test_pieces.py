@@ -17,7 +17,7 @@ from kvferry.kernels.presets import preset
 from kvferry.kvstore.codec import RecordDigest, encode_record
 from kvferry.prefill import pieces as prefill_pieces
 from kvferry.prefill.pieces import Piece, PieceQueue, Seal
-from kvferry.prefill.prompt_blocks import PromptBlocks
+from kvferry.prefill.prompt_blocks import LocalPromptBlocks
 
 LAYERS, NUM_BLOCKS, TAIL_LEN = 4, 3, 5
 NAMESPACE = bytes(32)
@@ -28,10 +28,10 @@ def key(index: int) -> bytes:
 
 
 @pytest.fixture(params=["kv2", "kv16"])
-def blocks(request: pytest.FixtureRequest) -> PromptBlocks:
+def blocks(request: pytest.FixtureRequest) -> LocalPromptBlocks:
     """Random bytes where a prompt's blocks, sinks and tail lie."""
     layout = BlockLayout(num_layers=LAYERS, num_kv_heads=2, head_dim=64, spec=preset(request.param))
-    made = PromptBlocks(layout, NUM_BLOCKS * layout.block_size + TAIL_LEN, torch.device("cpu"))
+    made = LocalPromptBlocks(layout, NUM_BLOCKS * layout.block_size + TAIL_LEN, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     made.pool.copy_(torch.randint(0, 256, made.pool.shape, generator=generator, dtype=torch.uint8))
     made.sinks.copy_(torch.randn(made.sinks.shape, generator=generator).half())
@@ -39,12 +39,12 @@ def blocks(request: pytest.FixtureRequest) -> PromptBlocks:
     return made
 
 
-def digest_of(blocks: PromptBlocks, index: int) -> RecordDigest:
+def digest_of(blocks: LocalPromptBlocks, index: int) -> RecordDigest:
     size, total = blocks.layout.block_size, blocks.layout.payload_bytes(index)
     return RecordDigest(key=key(index), namespace=NAMESPACE, block_index=index, num_tokens=size, payload_bytes=total)
 
 
-def queue_of(blocks: PromptBlocks, wanted: list[int]) -> PieceQueue:
+def queue_of(blocks: LocalPromptBlocks, wanted: list[int]) -> PieceQueue:
     return PieceQueue(blocks, wanted, lambda index: digest_of(blocks, index))
 
 
@@ -58,7 +58,7 @@ async def taken(queue: PieceQueue) -> list[Piece | Seal]:
 
 @pytest.mark.parametrize("piece_bytes", [2**18, 1000])
 async def test_pieces_are_the_record_and_come_layer_by_layer(
-    blocks: PromptBlocks, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+    blocks: LocalPromptBlocks, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefill_pieces, "PIECE_BYTES", piece_bytes)
     queue = queue_of(blocks, [0, 1, 2])
@@ -93,7 +93,7 @@ async def test_pieces_are_the_record_and_come_layer_by_layer(
     assert len([part for part in sent if isinstance(part, Seal)]) == NUM_BLOCKS + 1
 
 
-async def test_only_wanted_blocks_go_and_nothing_is_held_for_a_slow_receiver(blocks: PromptBlocks) -> None:
+async def test_only_wanted_blocks_go_and_nothing_is_held_for_a_slow_receiver(blocks: LocalPromptBlocks) -> None:
     queue = queue_of(blocks, [1])
     assert [queue.covers(index) for index in range(NUM_BLOCKS)] == [False, True, False]
     for layer in range(LAYERS):
@@ -105,7 +105,7 @@ async def test_only_wanted_blocks_go_and_nothing_is_held_for_a_slow_receiver(blo
     assert b"".join(part.data for part in parts if isinstance(part, Piece)) == bytes(~x & 255 for x in before)
 
 
-def parts_of(blocks: PromptBlocks, index: int) -> tuple[list[Piece], bytes]:
+def parts_of(blocks: LocalPromptBlocks, index: int) -> tuple[list[Piece], bytes]:
     queue = queue_of(blocks, [index])
     queue.block_packed(index)
     parts: list[Piece | Seal] = []
@@ -116,7 +116,7 @@ def parts_of(blocks: PromptBlocks, index: int) -> tuple[list[Piece], bytes]:
     return [part for part in parts if isinstance(part, Piece)], seal.checksum
 
 
-def receiver(blocks: PromptBlocks, index: int, loaded: list[int]) -> IncomingPieces:
+def receiver(blocks: LocalPromptBlocks, index: int, loaded: list[int]) -> IncomingPieces:
     sizes = [blocks.layout.layer_share_bytes(layer, index) for layer in range(LAYERS)]
     return IncomingPieces(sizes, digest_of(blocks, index), lambda layer, share: loaded.append(layer))
 
@@ -138,7 +138,7 @@ DAMAGES: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("damage", [None, *DAMAGES])
-def test_a_block_of_damaged_pieces_is_not_sealed(blocks: PromptBlocks, damage: str | None) -> None:
+def test_a_block_of_damaged_pieces_is_not_sealed(blocks: LocalPromptBlocks, damage: str | None) -> None:
     pieces, checksum = parts_of(blocks, 1)
     sent = [(piece.offset, piece.data, piece.crc32) for piece in pieces]
     if damage is not None:
@@ -154,7 +154,7 @@ def test_a_block_of_damaged_pieces_is_not_sealed(blocks: PromptBlocks, damage: s
         assert loaded == [0]  # nothing after the damage was written anywhere
 
 
-def test_a_seal_of_another_record_is_refused(blocks: PromptBlocks) -> None:
+def test_a_seal_of_another_record_is_refused(blocks: LocalPromptBlocks) -> None:
     pieces, _ = parts_of(blocks, 1)
     incoming = receiver(blocks, 1, [])
     for piece in pieces:
@@ -162,7 +162,7 @@ def test_a_seal_of_another_record_is_refused(blocks: PromptBlocks) -> None:
     assert not incoming.sealed(parts_of(blocks, 2)[1])
 
 
-def test_a_layer_that_is_refused_ends_loading(blocks: PromptBlocks) -> None:
+def test_a_layer_that_is_refused_ends_loading(blocks: LocalPromptBlocks) -> None:
     pieces, checksum = parts_of(blocks, 1)
 
     def refuse(layer: int, share: bytearray) -> None:

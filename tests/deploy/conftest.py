@@ -54,6 +54,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
     num_cancelled: int = 0
     details: str = "scripted"
     describe_delays: list = field(default_factory=list)
+    block_size: int = 0
+    stats: worker_pb2.WorkerStats | None = None
     draining: bool = False
 
     @property
@@ -81,8 +83,15 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
             kv_bytes_per_token_bf16=100,
             effective_bits=2.75,
             kernels="reference",
+            block_size=self.block_size,
+            block_bytes=1000,
             draining=self.draining,
         )
+
+    async def Stats(self, request, context):
+        if self.stats is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no stats")
+        return self.stats
 
     async def Generate(self, request, context):
         self.requests.append(request)

@@ -58,6 +58,8 @@ def test_a_short_run(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
     for case in cases:
         assert not case["notes"]
         assert min(case["ttft_packed_s"], case["ttft_bf16_s"], case["ttft_recompute_s"], case["unstreamed_s"]) > 0
+        assert 0 < case["fetch_packed_s"] < case["ttft_packed_s"]
+        assert 0 < case["fetch_bf16_s"] < case["ttft_bf16_s"]
         assert case["exposed_s"] >= 0
         # 256 tokens of 3 layers, 2 heads, 64 channels, K and V, 2 bytes; headers and the way back come on top.
         assert case["wire_bytes_bf16"] > 256 * 3 * 2 * 64 * 2 * 2

@@ -8,6 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from kvferry.deploy.gateway import SERVICE
+from kvferry.deploy.routing.router import UNNOTICED, Route
 from kvferry.proto import worker_pb2
 
 Code = grpc.StatusCode
@@ -120,9 +121,10 @@ class TestWorkers:
 
     async def test_another_router(self, lab):
         class Last:
-            def pick(self, pairs, token_ids):
-                assert token_ids
-                return max(pairs, key=lambda pair: pair.decode.address)
+            def pick(self, candidates, request):
+                assert request.token_ids
+                (group,) = candidates.groups
+                return Route(max(group.decodes, key=lambda worker: worker.address), None, UNNOTICED)
 
         decodes = [await lab.worker([lab.end(0)]) for _ in range(2)]
         gateway = await lab.gateway(decodes, router=Last())

@@ -398,3 +398,16 @@ def test_serve_with_a_file_that_cannot_be_read(
     assert isinstance(done.exception, SystemExit), done.exception
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("kvferry: ") and expected in done.stderr
+
+
+def test_bulk_ports() -> None:
+    """They count up like the nodes' own, do not meet them, and can be off."""
+    store = Settings.load(store={"count": 3}).store
+    nodes = [store.node_config(index) for index in range(3)]
+    assert [(node.port, node.bulk_port) for node in nodes] == [(7700, 7770), (7701, 7771), (7702, 7772)]
+    assert Settings.load(store={"port": 0}).store.node_config(1).bulk_port == 0
+    assert Settings.load(store={"bulk_port": "off"}).store.node_config().bulk_port is None
+    assert Settings.load(store={"bulk_port": False}).store.node_config().bulk_port is None
+    for wrong in ({"bulk_port": 7701, "count": 2}, {"bulk_port": 65535, "count": 2}, {"bulk_port": -1}):
+        with pytest.raises(ValidationError):
+            Settings.load(store=wrong)

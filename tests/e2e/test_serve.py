@@ -39,7 +39,7 @@ def served(
         "preset: kv16\n"
         "block_size: 32\n"
         "gateway: {port: 0}\n"
-        "store: {port: 0, memory: 64MiB}\n"
+        "store: {port: 0, bulk_port: 0, memory: 64MiB}\n"
         "prefill: {port: 0, fetch: always}\n"
         "decode: {port: 0, kv_memory: 16MiB}\n"
     )

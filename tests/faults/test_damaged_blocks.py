@@ -17,7 +17,7 @@ from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.reference import quantize_pages
 from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore import BlockCorrupt, BlockNotFound
-from kvferry.kvstore.codec import decode_record, encode_record, verify_record
+from kvferry.kvstore.codec import decode_moved_record, decode_record, encode_record, verify_record
 from kvferry.kvstore.config import NodeConfig
 from kvferry.kvstore.disk_backend import DiskBackend
 from kvferry.kvstore.memory_backend import MemoryBackend
@@ -50,7 +50,7 @@ def damages(record: bytes, *, step: int) -> Iterator[bytes]:
 
 
 def test_every_bit_and_every_length(block_record: bytes) -> None:
-    """What the node checks, and what the worker checks: each of them finds all of it alone."""
+    """What the node checks, what bundles check and what the worker checks: each of them finds all of it alone."""
     assert decode_record(block_record, expected_key=KEY, expected_namespace=NAMESPACE).header.num_tokens == 32
     num_refused = 0
     for damaged in damages(block_record, step=1):
@@ -58,6 +58,8 @@ def test_every_bit_and_every_length(block_record: bytes) -> None:
             verify_record(damaged, KEY)
         with pytest.raises(BlockCorrupt):
             decode_record(damaged, expected_key=KEY, expected_namespace=NAMESPACE)
+        with pytest.raises(BlockCorrupt):
+            decode_moved_record(damaged, expected_key=KEY, expected_namespace=NAMESPACE)
         num_refused += 1
     assert num_refused == 9 * len(block_record) > 6000
 
@@ -78,12 +80,13 @@ async def poke(backend: MemoryBackend, key: bytes, record: bytes) -> None:
 
 
 @pytest.mark.timeout(1800 if IS_DEEP else 300)
+@pytest.mark.parametrize("is_bulk", [True, False], ids=["bulk", "grpc"])
 async def test_damage_in_the_nodes_memory_does_not_pass_the_client(
-    block_record: bytes, poked: tuple[KVStoreServer, MemoryBackend]
+    is_bulk: bool, block_record: bytes, poked: tuple[KVStoreServer, MemoryBackend]
 ) -> None:
     server, backend = poked
     num_refused = 0
-    async with store_client(server.address) as client:
+    async with store_client(server.address, use_bulk=is_bulk) as client:
         for damaged in damages(block_record, step=1 if IS_DEEP else 61):
             await poke(backend, KEY, damaged)
             with pytest.raises((BlockCorrupt, BlockNotFound)):
@@ -91,6 +94,7 @@ async def test_damage_in_the_nodes_memory_does_not_pass_the_client(
             num_refused += 1
             assert not backend.holds(KEY), "refused, and deleted"
         assert client.counters.corrupt + server.counters.corrupt == num_refused > 100
+        assert (client.counters.bulk_gets, client.counters.bulk_fallbacks) == ((num_refused, 0) if is_bulk else (0, 0))
         await poke(backend, KEY, block_record)
         assert (await anext(client.get([KEY], namespace=NAMESPACE))).header.key == KEY, "the control"
 

@@ -52,7 +52,7 @@ async def fresh_workers(
     worker: ModelRuntime, serve_workers: Any, make_store: Any, make_prompt: Any, relay: Relay
 ) -> Callable[[], Any]:
     """The prompt is in the store, and prefill reaches it over the relay; each pair of workers has an empty pool."""
-    store = await make_store()
+    store = await make_store(bulk_port=None)  # which would lead past the relay
     first = await (await serve_workers(worker, store.address)).generate(make_prompt(PROMPT_TOKENS))
     await relay.start(store.address)
     chooser = MeasuredChooser()

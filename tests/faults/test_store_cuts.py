@@ -57,9 +57,10 @@ async def test_node_killed_after_any_byte(
     """SIGKILL in every step of puts and gets. What is on its disk afterwards is whole records, and is used again."""
     kills = (44, 44, 22, 22) if IS_DEEP else (4, 4, 2, 2)
     tiers = ("--memory", "64MiB", "--disk", str(tmp_path / "disk"), "--disk-bytes", "64MiB")
+    tiers += ("--bulk-address", relay.address)
     rng = random.Random(1)
     node = start_node(*tiers)
-    relay.target = node.address
+    relay.target, relay.bulk_target = node.address, node.bulk_address
 
     async def prepare(is_warm: bool) -> None:
         await requests.until_the_store_is_used()
@@ -87,9 +88,10 @@ async def test_node_killed_after_any_byte(
             survived += found
             assert found == NUM_BLOCKS or not is_warm, "what was stored before outlives the kill"
             node = start_node(*tiers)
-            relay.target = node.address
+            relay.target, relay.bulk_target = node.address, node.bulk_address
     assert killed == relay.fired >= 0.8 * sum(kills), "the control: the kills were in the middle of requests"
     assert survived > 0
+    assert sum(client.counters.bulk_gets for client in requests.clients) > 0
 
 
 @pytest.mark.timeout(1800 if IS_DEEP else 300)
@@ -101,9 +103,10 @@ async def test_connections_broken_after_any_byte(fault: str, relay: FaultRelay, 
     rng = random.Random(2)
     leases = LeaseTable()
     backend = MemoryBackend(capacity_bytes=64 << 20, leases=leases)
-    server = KVStoreServer(backend, NodeConfig())
+    server = KVStoreServer(backend, NodeConfig(bulk_address=relay.address))
     await server.start()
-    relay.target = server.address
+    assert server.bulk is not None
+    relay.target, relay.bulk_target = server.address, f"127.0.0.1:{server.bulk.port}"
     num_leased = 0
 
     def cut() -> None:
@@ -140,6 +143,7 @@ async def test_connections_broken_after_any_byte(fault: str, relay: FaultRelay, 
         assert fault == "flip" or num_leased > 0, "and some of them while a lease was held"
         assert fault == "cut" or server.counters.rejected + requests.num_corrupt > 0, "and some of them inside records"
         assert server.staged_bytes == 0
+        assert server.counters.bulk_gets > 0
         async with asyncio.timeout(LIMIT_S):
             while len(leases):  # one whose release was lost ends by itself
                 await asyncio.sleep(0.05)

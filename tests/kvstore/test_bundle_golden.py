@@ -26,12 +26,12 @@ def test_the_example(tmp_path: Path) -> None:
     assert content[:8] == b"kvbundle"
     assert struct.unpack_from("<II", content, 8) == (1, 728)
     assert content[840:896] == bytes(56)
-    assert content[896 : 896 + 198] == record_of(CHAIN, 0)
-    assert content[1152:] == record_of(CHAIN, 1)
-    assert len(content) == 1351
-    assert hashlib.sha256(content).hexdigest() == "bc3012eec962efc889467b76b5ab0fd5ede479d1382846d41b87a01f2d489a1e"
+    assert content[896 : 896 + 262] == record_of(CHAIN, 0)
+    assert content[1216:] == record_of(CHAIN, 1)
+    assert len(content) == 1479
+    assert hashlib.sha256(content).hexdigest() == "57a147bae013d0d4611e36c8a414cceabd3aea4ac48ca65cc2ebc7c5151e993e"
     page = DOCS.read_text()
-    for number in ("728", "744", "840", "896", "1,094", "1,152", "1,351", content[712:744].hex()[:16]):
+    for number in ("728", "744", "840", "896", "1,158", "1,216", "1,479", content[712:744].hex()[:16]):
         assert number in page, number
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import msgpack
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.kvstore import BlockCorrupt, InvalidRequest, decode_record, encode_record
-from kvferry.kvstore.codec import MAGIC, verify_record
+from kvferry.kvstore.codec import MAGIC, decode_moved_record, verify_record
 
 _KEY = hashlib.sha256(b"key").digest()
 _NAMESPACE = hashlib.sha256(b"namespace").digest()
@@ -34,7 +35,9 @@ def _assert_refused(buffer: bytes) -> None:
         verify_record(buffer, _KEY)
     with pytest.raises(BlockCorrupt) as client_error:
         _decode(buffer)
-    for error in (node_error, client_error):
+    with pytest.raises(BlockCorrupt) as quick_error:
+        decode_moved_record(buffer, expected_key=_KEY, expected_namespace=_NAMESPACE)
+    for error in (node_error, client_error, quick_error):
         assert len(str(error.value)) > 20
         assert _KEY.hex() not in str(error.value)
 
@@ -48,6 +51,42 @@ def test_round_trip() -> None:
     assert record.header.num_tokens == 32
     assert record.header.payload_bytes == 40
     assert verify_record(buffer, _KEY) == record.header
+    assert decode_moved_record(buffer, expected_key=_KEY, expected_namespace=_NAMESPACE) == record
+
+
+def test_golden_bytes() -> None:
+    """The header of docs/layout.md: what is stored today is read tomorrow."""
+    buffer = _encode()
+    assert len(buffer) == 192 + 40
+    assert hashlib.sha256(buffer).hexdigest() == "c27817180ce152d1096c26f4d2a179704880e39c76628013ad4d0aaa14ae3d8c"
+    header = msgpack.unpackb(buffer[12 : 12 + struct.unpack_from("<I", buffer, 8)[0]])
+    assert header[:6] == [2, _KEY, _NAMESPACE, 3, 32, 40]
+    assert header[6] == hashlib.sha256(b"kvferry/record/2" + msgpack.packb(header[:6]) + _PAYLOAD).digest()
+    assert header[7:] == [quick(header[:7], _PAYLOAD)]
+
+
+def test_a_record_of_version_1_is_refused() -> None:
+    """As format version 1 wrote it, its checksum right."""
+    fields = (1, _KEY, _NAMESPACE, 3, 32, len(_PAYLOAD))
+    checksum = hashlib.sha256(b"kvferry/record/1" + msgpack.packb(fields) + _PAYLOAD).digest()
+    old = _forge((*fields, checksum))
+    _assert_refused(old)
+    with pytest.raises(BlockCorrupt, match="format version 1"):
+        verify_record(old, _KEY)
+
+
+def test_each_checksum_is_checked() -> None:
+    """A record whose one checksum is right and whose other is not: the quick one covers the SHA-256."""
+    fields = (2, _KEY, _NAMESPACE, 3, 32, len(_PAYLOAD))
+    sha256 = hashlib.sha256(b"kvferry/record/2" + msgpack.packb(fields) + _PAYLOAD).digest()
+    wrong_sha = (*fields, bytes(32))
+    record = _forge((*wrong_sha, quick(wrong_sha, _PAYLOAD)))
+    decode_moved_record(record, expected_key=_KEY, expected_namespace=_NAMESPACE)
+    with pytest.raises(BlockCorrupt, match="checksum"):
+        verify_record(record, _KEY)
+    with pytest.raises(BlockCorrupt, match="checksum"):
+        decode_record(record, expected_key=_KEY, expected_namespace=_NAMESPACE)
+    _assert_refused(_forge((*fields, sha256, bytes(16))))
 
 
 def test_payload_is_a_read_only_view_without_a_copy() -> None:
@@ -113,17 +152,24 @@ def test_another_namespace_is_refused() -> None:
         decode_record(buffer, expected_key=_KEY, expected_namespace=bytes(32))
 
 
+def quick(fields: Any, payload: bytes) -> bytes:
+    """XXH3-128 over the record up to this checksum, and the payload."""
+    packed = msgpack.packb((*fields, bytes(16)))[:-16]
+    return xxhash.xxh3_128_digest(struct.pack("<8sI", MAGIC, len(packed) + 16) + packed + payload)
+
+
 def _forge(fields: Any, payload: bytes = _PAYLOAD, padding: bytes | None = None) -> bytes:
     """A record with any header whose checksum, where there is room for one, is right."""
     if type(fields) is tuple and len(fields) == 6:
-        text = b"kvferry/record/1" + msgpack.packb(fields) + payload
+        text = b"kvferry/record/2" + msgpack.packb(fields) + payload
         fields = (*fields, hashlib.sha256(text).digest())
+        fields = (*fields, quick(fields, payload))
     packed = fields if isinstance(fields, bytes) else msgpack.packb(fields)
     prefix = struct.pack("<8sI", MAGIC, len(packed)) + packed
     return prefix + (bytes(-len(prefix) % 64) if padding is None else padding) + payload
 
 
-_GOOD = (1, _KEY, _NAMESPACE, 3, 32, len(_PAYLOAD))
+_GOOD = (2, _KEY, _NAMESPACE, 3, 32, len(_PAYLOAD))
 
 
 def test_the_forger_forges_well() -> None:
@@ -134,31 +180,34 @@ def test_the_forger_forges_well() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        (2, *_GOOD[1:]),
+        (3, *_GOOD[1:]),
+        (1, *_GOOD[1:]),
         (0, *_GOOD[1:]),
         (True, *_GOOD[1:]),
-        (1.0, *_GOOD[1:]),
-        (1, _KEY[:31], *_GOOD[2:]),
-        (1, _KEY + b"\0", *_GOOD[2:]),
-        (1, "k" * 32, *_GOOD[2:]),
-        (1, _KEY, None, 3, 32, 40),
-        (1, _KEY, _NAMESPACE, -1, 32, 40),
-        (1, _KEY, _NAMESPACE, 1 << 32, 32, 40),
-        (1, _KEY, _NAMESPACE, 3, 0, 40),
-        (1, _KEY, _NAMESPACE, 3, False, 40),
-        (1, _KEY, _NAMESPACE, 3, 32, 41),
-        (1, _KEY, _NAMESPACE, 3, 32, 39),
-        (1, _KEY, _NAMESPACE, 3, 32, 1 << 63),
-        (1, _KEY, _NAMESPACE, 3, 32, [40]),
-        (*_GOOD, bytes(32), 0),
-        (*_GOOD, bytes(31)),
-        (*_GOOD, None),
+        (2.0, *_GOOD[1:]),
+        (2, _KEY[:31], *_GOOD[2:]),
+        (2, _KEY + b"\0", *_GOOD[2:]),
+        (2, "k" * 32, *_GOOD[2:]),
+        (2, _KEY, None, 3, 32, 40),
+        (2, _KEY, _NAMESPACE, -1, 32, 40),
+        (2, _KEY, _NAMESPACE, 1 << 32, 32, 40),
+        (2, _KEY, _NAMESPACE, 3, 0, 40),
+        (2, _KEY, _NAMESPACE, 3, False, 40),
+        (2, _KEY, _NAMESPACE, 3, 32, 41),
+        (2, _KEY, _NAMESPACE, 3, 32, 39),
+        (2, _KEY, _NAMESPACE, 3, 32, 1 << 63),
+        (2, _KEY, _NAMESPACE, 3, 32, [40]),
+        (*_GOOD, bytes(32), bytes(16), 0),
+        (*_GOOD, bytes(31), bytes(16)),
+        (*_GOOD, bytes(32), bytes(15)),
+        (*_GOOD, bytes(32)),
+        (*_GOOD, None, None),
         _GOOD[:5],
         {"key": _KEY},
         [],
         None,
         7,
-        msgpack.packb((*_GOOD, bytes(32)))[:-1],
+        msgpack.packb((*_GOOD, bytes(32), bytes(16)))[:-1],
         b"\x91" * 150,  # deep nesting
         b"\xc6\xff\xff\xff\xff",  # announces 4 GiB
         b"\xdd\xff\xff\xff\xff",
@@ -173,7 +222,7 @@ def test_impossible_headers_are_refused(fields: Any) -> None:
 
 
 def test_non_canonical_headers_are_refused() -> None:
-    good = msgpack.packb((*_GOOD, hashlib.sha256(b"").digest()))
+    good = msgpack.packb((*_GOOD, hashlib.sha256(b"").digest(), bytes(16)))
     canonical = _encode()
     length = struct.unpack_from("<I", canonical, 8)[0]
     header = canonical[12 : 12 + length]
@@ -238,7 +287,7 @@ _VALUES = st.recursive(
 )
 
 
-@given(st.lists(_VALUES | st.sampled_from(_GOOD), min_size=5, max_size=8))
+@given(st.lists(_VALUES | st.sampled_from(_GOOD), min_size=5, max_size=9))
 def test_arbitrary_header_fields(fields: list[Any]) -> None:
     _refused(_forge(tuple(fields)))
 

@@ -21,7 +21,7 @@ from kvferry.kvstore import (
 )
 from kvferry.kvstore.memory_backend import ENTRY_OVERHEAD_BYTES
 
-_RECORD_BYTES = 1128 + ENTRY_OVERHEAD_BYTES
+_RECORD_BYTES = 1192 + ENTRY_OVERHEAD_BYTES
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ async def test_put_lookup_get(
     client: StoreClient, namespace: Namespace, keys: list[bytes], make_record: MakeRecord
 ) -> None:
     # Below, at and over one frame and the thread threshold; a record of several frames.
-    sizes = [0, 1, 1000, (1 << 20) - 128, (1 << 20) - 127, 1 << 20, 3_500_000]
+    sizes = [0, 1, 1000, (1 << 20) - 192, (1 << 20) - 191, 1 << 20, 3_500_000]
     records = [make_record(k, num_bytes=n) for k, n in zip(keys, sizes, strict=False)]
     for key, record in zip(keys, records, strict=False):
         assert await client.put(key, record) is True
@@ -240,7 +240,7 @@ async def test_oversize_is_refused_before_it_is_sent_or_staged(
 ) -> None:
     server = make_server(NodeConfig(max_record_bytes=4096))
     async with _serving(server) as client, _raw_stub(server) as stub:
-        exact = make_record(keys[0], num_bytes=4096 - 128)
+        exact = make_record(keys[0], num_bytes=4096 - 192)
         assert len(exact) == 4096
         assert await client.put(keys[0], exact)
         with pytest.raises(InvalidRequest, match="max_record_bytes"):

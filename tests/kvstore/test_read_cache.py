@@ -79,6 +79,15 @@ async def test_the_second_get_costs_no_transfer(make_lab: Any) -> None:
     assert lab.server.counters.hits == lab.cache.counters.read == 12
 
 
+async def test_what_this_process_put_does_not_cross_back(make_lab: Any, make_record: MakeRecord) -> None:
+    lab = await make_lab()
+    chain = lab.cache.of_chain(lab.chain)
+    for key in lab.chain[:4]:
+        assert not await chain.put(key, make_record(key, num_bytes=SIZE))  # the store has it
+    assert await lab.get(0, 6) == (6, 2)
+    assert lab.cache.counters.read == 2
+
+
 async def test_gets_at_once_cost_one_transfer(make_lab: Any) -> None:
     lab = await make_lab()
     done = await asyncio.gather(*(lab.get(0, 8 + number) for number in range(5)))

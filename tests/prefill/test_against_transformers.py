@@ -22,7 +22,7 @@ from kvferry.kernels.forward import AttentionStep
 from kvferry.kernels.packed import PackedKernels
 from kvferry.kernels.reference import ReferenceKernels
 from kvferry.prefill.chunk_step import ChunkStep
-from kvferry.prefill.prompt_blocks import PromptBlocks
+from kvferry.prefill.prompt_blocks import LocalPromptBlocks
 
 FP16_TOLERANCE = 1e-2
 """RMS error over RMS of the logits: what rounding K and V to fp16 may change in these random models, whose attention
@@ -61,7 +61,7 @@ def rms(x: torch.Tensor) -> float:
 def prefill_logits(runtime: ModelRuntime, kernels: PackedKernels, token_ids: list[int]) -> torch.Tensor:
     """Logits of every position, chunk by chunk as the engine does it: [n, vocab_size]."""
     device = torch.device("cpu")
-    blocks = PromptBlocks(runtime.layout, len(token_ids), device)
+    blocks = LocalPromptBlocks(runtime.layout, len(token_ids), device)
     rows = []
     for index in range(blocks.num_blocks + bool(blocks.tail_len)):
         begin = index * runtime.layout.block_size

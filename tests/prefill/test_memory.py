@@ -11,7 +11,7 @@ import pytest
 from support.decode_calls import call, read, request
 
 from kvferry.deploy.worker_server import ModelRuntime
-from kvferry.prefill.prompt_blocks import PromptBlocks
+from kvferry.prefill.prompt_blocks import LocalPromptBlocks
 from kvferry.proto import worker_pb2
 
 
@@ -25,7 +25,7 @@ def no_gc() -> Iterator[None]:
 
 async def no_blocks_left() -> None:
     async with asyncio.timeout(20):
-        while any(type(thing) is PromptBlocks for thing in gc.get_objects()):
+        while any(type(thing) is LocalPromptBlocks for thing in gc.get_objects()):
             await asyncio.sleep(0.1)
 
 

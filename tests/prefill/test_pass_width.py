@@ -16,14 +16,15 @@ from kvferry.kernels.forward import AttentionStep
 from kvferry.kernels.sampling import SampledToken, SamplingParams
 from kvferry.kernels.spec import KVQuantSpec
 from kvferry.prefill.engine import PrefillEngine
+from kvferry.prefill.executor import LocalPrefill
 from kvferry.prefill.job import PrefillJob
-from kvferry.prefill.prompt_blocks import PromptBlocks
+from kvferry.prefill.prompt_blocks import LocalPromptBlocks
 
 BLOCK_SIZE = 32
 LIMIT_S = 120.0
 
 
-def compute(worker: ModelRuntime, token_ids: list[int], width: int) -> tuple[PromptBlocks, int, list[int]]:
+def compute(worker: ModelRuntime, token_ids: list[int], width: int) -> tuple[LocalPromptBlocks, int, list[int]]:
     """Blocks, first token, and the row count of each pass."""
     rows: list[int] = []
 
@@ -35,9 +36,8 @@ def compute(worker: ModelRuntime, token_ids: list[int], width: int) -> tuple[Pro
             rows.append(len(ids))
             return worker.model.hidden(ids, positions, step)
 
-    engine = PrefillEngine(
-        Counting(), worker.selection.kernels, worker.layout, worker.loaded.device, max_pass_blocks=width
-    )
+    executor = LocalPrefill(Counting(), worker.selection.kernels, worker.layout, worker.loaded.device)
+    engine = PrefillEngine(executor, max_pass_blocks=width)
     try:
         blocks, token = engine.compute(token_ids, timeout_s=LIMIT_S)
     finally:
@@ -75,9 +75,8 @@ def test_a_pass_begins_behind_what_was_cached(load_runtime: Callable[..., ModelR
     token_ids = make_prompt(9 * BLOCK_SIZE + 5)
     whole, token, _ = compute(worker, token_ids, 4)
     for boundary in range(1, 9):
-        engine = PrefillEngine(
-            worker.model, worker.selection.kernels, worker.layout, worker.loaded.device, max_pass_blocks=4
-        )
+        executor = LocalPrefill(worker.model, worker.selection.kernels, worker.layout, worker.loaded.device)
+        engine = PrefillEngine(executor, max_pass_blocks=4)
         blocks = engine.new_blocks(len(token_ids))
         for index in range(boundary):
             blocks.load(index, torch.frombuffer(bytearray(whole.payload(index)), dtype=torch.uint8))

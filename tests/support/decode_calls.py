@@ -29,7 +29,7 @@ class Inside:
     @classmethod
     def of(cls, workers: Any) -> Inside:
         engine, servicer = workers.decode_server._decode
-        return cls(engine, engine._cache, servicer._worker.admission)
+        return cls(engine, engine._executor.memory, servicer._worker.admission)
 
     def leftovers(self) -> dict[str, int]:
         """What is in use; empty when all is free."""

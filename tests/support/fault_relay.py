@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Literal
 
+from kvferry.kvstore.bulk_frames import MAGIC
+
 Direction = Literal["up", "down"]
 """Up: from the client to the server."""
 
@@ -14,12 +16,14 @@ class FaultRelay:
     """Passes bytes both ways; one fault at a time is armed, and happens between two bytes.
 
     `passed` counts bytes by direction since the last `arm` or `watch`, over all connections; `fired` counts the faults
-    that happened. While the target does not answer, connections are closed as soon as they are made.
+    that happened. While the target does not answer, connections are closed as soon as they are made. With a
+    `bulk_target` connections that begin as those to a bulk port do lead there.
     """
 
     def __init__(self) -> None:
         self.address = ""
         self.target = ""
+        self.bulk_target = ""
         self.fired = 0
         self.passed: dict[Direction, int] = {"up": 0, "down": 0}
         self._armed: tuple[Direction, int, Callable[[], None] | None] | None = None
@@ -53,23 +57,33 @@ class FaultRelay:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, _, port = self.target.rpartition(":")
+        first = b""
+        try:
+            if self.bulk_target:
+                first = await reader.readexactly(len(MAGIC))
+        except (ConnectionError, asyncio.IncompleteReadError):
+            writer.transport.abort()
+            return
+        host, _, port = (self.bulk_target if first == MAGIC else self.target).rpartition(":")
         try:
             other_reader, other_writer = await asyncio.open_connection(host, int(port))
         except OSError:
             writer.transport.abort()
             return
         self._writers |= {writer, other_writer}
-        ways: tuple[tuple[Direction, asyncio.StreamReader, asyncio.StreamWriter], ...]
-        ways = (("up", reader, other_writer), ("down", other_reader, writer))
+        ways: tuple[tuple[Direction, asyncio.StreamReader, asyncio.StreamWriter, bytes], ...]
+        ways = (("up", reader, other_writer, first), ("down", other_reader, writer, b""))
         for way in ways:
             task = asyncio.create_task(self._pass(*way))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _pass(self, direction: Direction, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _pass(
+        self, direction: Direction, source: asyncio.StreamReader, sink: asyncio.StreamWriter, first: bytes
+    ) -> None:
         try:
-            while data := await source.read(65536):
+            while data := first or await source.read(65536):
+                first = b""
                 sink.write(await self._through(direction, data, sink))
                 await sink.drain()
         except ConnectionError:

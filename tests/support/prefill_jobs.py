@@ -15,6 +15,7 @@ from kvferry.kernels.sampling import SampledToken, SamplingParams
 from kvferry.kvstore.identity import namespace_of
 from kvferry.kvstore.key import block_keys
 from kvferry.prefill.engine import PrefillEngine
+from kvferry.prefill.executor import LocalPrefill
 from kvferry.prefill.job import PrefillJob
 
 
@@ -44,9 +45,8 @@ class WatchedEngine:
         self.before_pass = before_pass
         self.passes: list[tuple[int, tuple[int, ...]]] = []
         """Position of the first token, and the tokens."""
-        self.engine = PrefillEngine(
-            self, runtime.selection.kernels, runtime.layout, runtime.loaded.device, max_pass_blocks=max_pass_blocks
-        )
+        executor = LocalPrefill(self, runtime.selection.kernels, runtime.layout, runtime.loaded.device)
+        self.engine = PrefillEngine(executor, max_pass_blocks=max_pass_blocks)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runtime.model, name)

@@ -56,6 +56,7 @@ class NodeProcess(Process):
         super().__init__(command, log)
         line = self.wait_for_line("serving on ")
         self.address = line.split("serving on ")[1].split(",")[0]
+        self.bulk_address = f"127.0.0.1:{line.rpartition(' ')[2]}"
 
 
 def redis_binary() -> str:
@@ -102,3 +103,13 @@ class PrefillProcess(Process):
         command = [sys.executable, "-m", "support.prefill_worker", model, str(block_size), str(threads)]
         super().__init__(command + ([store_address] if store_address else []), log)
         self.address = self.wait_for_line("serving on ").split("serving on ")[1].split(",")[0]
+
+
+class RankWorkerProcess(Process):
+    """A decode worker of a tiny model that leads a group of ranks."""
+
+    def __init__(self, log: Path, model: str, *, block_size: int, ranks: int) -> None:
+        super().__init__([sys.executable, "-m", "support.rank_worker", model, str(block_size), str(ranks)], log)
+        self.address = self.wait_for_line("serving on ").split("serving on ")[1].split(",")[0]
+        line = self.wait_for_line("followers ")
+        self.follower_pids = [int(pid) for pid in line.split("followers ")[1].rstrip(",").split()]

@@ -32,9 +32,9 @@ what a look-up and a get ask, what a put is answered."""
 
 
 @asynccontextmanager
-async def store_client(address: str) -> AsyncIterator[StoreClient]:
+async def store_client(address: str, *, use_bulk: bool = True) -> AsyncIterator[StoreClient]:
     """A client of a node that answers: on a busy machine the first connection may take more than gRPC gives it."""
-    async with StoreClient(ClientConfig(address=address, lookup_timeout_s=5.0)) as client:
+    async with StoreClient(ClientConfig(address=address, lookup_timeout_s=5.0, use_bulk=use_bulk)) as client:
         await answered(client.stats)
         yield client
 

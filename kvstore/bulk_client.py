@@ -1,0 +1,135 @@
+"""A client's connections to the bulk port of its node: opened with a session from gRPC, kept, and reused."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc.aio
+
+from kvferry.kvstore.bulk_frames import MAGIC, READY, SESSION_BYTES
+from kvferry.kvstore.bulk_reader import BulkReader
+from kvferry.kvstore.bulk_socket import bound_writes, is_quiet
+from kvferry.kvstore.config import ClientConfig
+from kvferry.proto import kvstore_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+MAX_GETS = 16
+"""Gets over the bulk port at one time, each with a thread and a connection; more go over gRPC."""
+MAX_IDLE_S = 30.0
+RETRY_S = 10.0
+"""After a bulk port could not be used: how long gets go over gRPC before it is tried again."""
+
+
+class BulkConnections:
+    """Opens gets on the node's bulk port, while it can be used. Use it on one event loop."""
+
+    def __init__(self, config: ClientConfig, open_session: Callable[[], Awaitable[pb.OpenBulkReply]]) -> None:
+        self._config = config
+        self._open_session = open_session
+        self._idle: list[tuple[socket.socket, float]] = []
+        self._num_running = 0
+        self._try_again_at = 0.0
+        self._is_closed = False
+        self._executor = ThreadPoolExecutor(MAX_GETS, thread_name_prefix="kvstore-bulk-get")
+
+    async def begin(
+        self, keys: Sequence[bytes], *, namespace: bytes, lease_id: int, timeout_s: float
+    ) -> BulkReader | None:
+        """A running get; None when this one has to go over gRPC."""
+        if self._num_running >= MAX_GETS:
+            return None
+        self._num_running += 1
+        started = time.monotonic()
+        try:
+            connection = self._reused() or await self._opened()
+        except BaseException:
+            self._num_running -= 1
+            raise
+        if connection is None or self._is_closed:
+            self._num_running -= 1
+            if connection is not None:
+                connection.close()
+            return None
+        return BulkReader(
+            connection,
+            self._executor,
+            keys,
+            namespace=namespace,
+            lease_id=lease_id,
+            timeout_s=timeout_s - (time.monotonic() - started),
+            progress_timeout_s=self._config.progress_timeout_s,
+            max_record_bytes=self._config.max_record_bytes,
+            done=self._done,
+        )
+
+    def close(self) -> None:
+        """Closes what is idle; running gets are their readers' to end."""
+        self._is_closed = True
+        for connection, _ in self._idle:
+            connection.close()
+        self._idle.clear()
+        self._executor.shutdown(wait=False)
+
+    def _done(self, connection: socket.socket, can_be_reused: bool) -> None:
+        self._num_running -= 1
+        if can_be_reused and not self._is_closed:
+            self._idle.append((connection, time.monotonic()))
+        else:
+            connection.close()
+
+    def _reused(self) -> socket.socket | None:
+        while self._idle:
+            connection, since = self._idle.pop()
+            if time.monotonic() - since < MAX_IDLE_S and is_quiet(connection):
+                return connection
+            connection.close()
+        return None
+
+    async def _opened(self) -> socket.socket | None:
+        if time.monotonic() < self._try_again_at:
+            return None
+        reason = "the node offers none"
+        try:
+            offer = await self._open_session()
+            if offer.address:
+                async with asyncio.timeout(self._config.lookup_timeout_s):
+                    return await self._connect(offer.address, offer.session)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                return None  # the node is away or slow: the get over gRPC will say so
+            reason = f"the node answered {error.code().name}"
+        except (OSError, ValueError, EOFError, TimeoutError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        self._try_again_at = time.monotonic() + RETRY_S
+        _log.info("no bulk port at %s (%s): records come over gRPC", self._config.address, reason)
+        return None
+
+    async def _connect(self, address: str, session: bytes) -> socket.socket:
+        """Raises OSError, EOFError or ValueError."""
+        host, _, port = address.rpartition(":")
+        host = (host or self._config.address.rpartition(":")[0]).strip("[]")
+        if len(session) != SESSION_BYTES:
+            raise ValueError("the node's session is none")
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        family, kind, protocol, _, where = found[0]
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.setblocking(False)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await loop.sock_connect(connection, where)
+            await loop.sock_sendall(connection, MAGIC + session)
+            if await loop.sock_recv(connection, 1) != READY:
+                raise EOFError("the node refused the session")
+            connection.setblocking(True)
+            bound_writes(connection, self._config.progress_timeout_s)
+        except BaseException:
+            connection.close()
+            raise
+        return connection

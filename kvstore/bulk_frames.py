@@ -1,0 +1,60 @@
+"""What goes over a bulk connection, byte for byte. Numbers are little-endian.
+
+    client   hello    magic (8) | session (40)
+    node     ready    one byte, 1
+    client   request  number of keys (4) | timeout, ms (4) | lease id (8) | keys, 32 bytes each
+    node     reply    for each record: index (4) | kind (4) | length (8) | that many bytes
+
+A reply ends with the last key's record, or before it with a MISSING or a FAILED frame; then the next request may come.
+The node closes the connection on anything else, and when it has been idle or open for too long.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Sequence
+
+from kvferry.kvstore.errors import BlockNotFound, InvalidRequest, KVStoreError, StoreUnavailable
+
+MAGIC = b"kvfbulk\x01"
+SESSION_BYTES = 40
+HELLO_BYTES = len(MAGIC) + SESSION_BYTES
+READY = b"\x01"
+REQUEST = struct.Struct("<IIQ")
+HEADER = struct.Struct("<IIQ")
+MAX_FAILURE_BYTES = 1024
+_MAX_TIMEOUT_MS = (1 << 32) - 1
+
+
+class Kind(enum.IntEnum):
+    """What a frame of a reply is."""
+
+    RECORD = 1
+    MISSING = 2
+    UNAVAILABLE = 3  # FAILED: the bytes are a message
+    INVALID = 4  # FAILED: the same, and the node closes the connection
+
+
+def encode_request(keys: Sequence[bytes], *, lease_id: int, timeout_s: float) -> bytes:
+    """A get of these keys."""
+    timeout_ms = min(max(int(timeout_s * 1000), 0), _MAX_TIMEOUT_MS)
+    return REQUEST.pack(len(keys), timeout_ms, lease_id) + b"".join(keys)
+
+
+def encode_failure(index: int, error: KVStoreError) -> bytes:
+    """The last frame of a reply that cannot go on."""
+    kind = Kind.INVALID if isinstance(error, InvalidRequest) else Kind.UNAVAILABLE
+    message = str(error).encode()[:MAX_FAILURE_BYTES]
+    return HEADER.pack(index, kind, len(message)) + message
+
+
+def missing(index: int, num_keys: int) -> BlockNotFound:
+    """What a client raises at a MISSING frame."""
+    return BlockNotFound(f"block {index} of {num_keys} is not in the store; recompute from it", index=index)
+
+
+def failure(kind: int, message: bytes) -> KVStoreError:
+    """What a client raises at a FAILED frame."""
+    text = message.decode(errors="replace")
+    return InvalidRequest(text) if kind == Kind.INVALID else StoreUnavailable(text)

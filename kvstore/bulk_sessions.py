@@ -1,0 +1,59 @@
+"""Who may use the bulk port: sessions that were handed out over gRPC, each for one connection, made soon."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from kvferry.kvstore.bulk_frames import SESSION_BYTES
+
+_NAME_BYTES = 8
+
+
+class BulkSessions:
+    """Sessions that wait for their connection. Safe to use from several threads.
+
+    A session is a name, by which it is found, and a secret, which is compared in constant time. Bounded: the oldest
+    goes when there are too many.
+    """
+
+    def __init__(
+        self, *, lifetime_s: float = 10.0, max_waiting: int = 1024, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._lifetime_s = lifetime_s
+        self._max_waiting = max_waiting
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._waiting: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # name: (secret, end); the oldest first
+
+    def issue(self) -> bytes:
+        """A new session, SESSION_BYTES bytes."""
+        name, secret = secrets.token_bytes(_NAME_BYTES), secrets.token_bytes(SESSION_BYTES - _NAME_BYTES)
+        with self._lock:
+            self._expire()
+            while len(self._waiting) >= self._max_waiting:
+                self._waiting.popitem(last=False)
+            self._waiting[name] = (secret, self._clock() + self._lifetime_s)
+        return name + secret
+
+    def redeem(self, session: bytes) -> bool:
+        """Whether this one waits; then it does no more. A wrong secret ends it, too."""
+        with self._lock:
+            self._expire()
+            secret, _ = self._waiting.pop(session[:_NAME_BYTES], (None, 0.0))
+        return secret is not None and hmac.compare_digest(secret, session[_NAME_BYTES:])
+
+    def __len__(self) -> int:
+        """Sessions that wait now."""
+        with self._lock:
+            self._expire()
+            return len(self._waiting)
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._waiting and next(iter(self._waiting.values()))[1] <= now:
+            self._waiting.popitem(last=False)
