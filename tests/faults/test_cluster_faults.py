@@ -239,7 +239,6 @@ async def test_a_worker_that_is_added_takes_load_and_drains_when_removed(
             await cluster.until(lambda proc=proc: busy(cluster, proc), f"{proc.name} gets no request")  # type: ignore[misc]
         took = time.monotonic() - began
         for proc in added:
-            await cluster.until(lambda proc=proc: busy(cluster, proc), f"{proc.name} gets no request")  # type: ignore[misc]
             proc.signal(signal.SIGTERM)
             assert await cluster.ended(proc) == 0
             assert "were ended" not in proc.log.read_text()
