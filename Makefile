@@ -16,7 +16,7 @@ JOBS ?= 2
 # Random examples of the kernels' formats; the other deep tests only ask whether it is set.
 DEEP ?= 1000
 
-.PHONY: help demo test test-deep check format proto types imports clean
+.PHONY: help demo test test-deep test-cluster check format proto types imports clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -30,6 +30,9 @@ test: $(VENV)/.dev  ## install what the tests need and run them
 test-deep: $(VENV)/.dev  ## the tests that take more cases when asked: kills, faults, damage, random formats
 	KVFERRY_DEEP=$(DEEP) $(BIN)/python -m pytest tests/faults tests/kvstore/test_disk_backend.py \
 	  tests/kernels/test_cpu_random.py
+
+test-cluster: $(VENV)/.dev  ## kvferry up on three machines made of namespaces, used from a fourth; needs root
+	$(BIN)/python tests/cluster/run.py
 
 check: $(VENV)/.dev  ## formatting, lint, types, import contracts, generated stubs
 	$(BIN)/ruff format --check .

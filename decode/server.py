@@ -69,17 +69,31 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
     ) -> AsyncIterator[worker_pb2.TokenChunk]:
         bind_request_id(request.request_id)
         try:
-            with self.attempts.running(request.tenant, request.request_id, request.attempt):
-                async with aclosing(self._generate(request, context)) as chunks:
+            with self.attempts.running(request.tenant, request.request_id, request.attempt) as running:
+                await self._check(request, context)
+                async with aclosing(running.pumped(self._answer(request, context))) as chunks:
                     async for chunk in chunks:
                         yield chunk
         except CallEnded as error:
             await context.abort(error.code, str(error), trailing_metadata=error.metadata)
+        except grpc.aio.AbortError:
+            raise
+        except RequestTooLarge as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except WorkerFull as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except PrefillFailed as error:
+            hint = ((RETRY_AFTER_KEY, error.retry_after_ms),) if error.retry_after_ms else ()
+            draining = Draining.metadata if error.draining else ()
+            await context.abort(error.code, str(error), trailing_metadata=(*hint, *draining))
+        except Exception as error:  # the edge: whatever failed, the caller is told
+            if not isinstance(error, DecodeFailed | ValueError):
+                logger.exception("a decode request failed")
+            await context.abort(grpc.StatusCode.INTERNAL, f"decode failed: {error}")
 
-    async def _generate(
+    async def _answer(
         self, request: worker_pb2.DecodeRequest, context: Context
     ) -> AsyncGenerator[worker_pb2.TokenChunk]:
-        await self._check(request, context)
         answers = self._worker.generate(
             token_ids=list(request.token_ids),
             sampling=SamplingParams.of(request.sampling),
@@ -102,18 +116,6 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
                     yield chunk
             finished = True
             self._warm(request, written)
-        except RequestTooLarge as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except WorkerFull as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        except PrefillFailed as error:
-            hint = ((RETRY_AFTER_KEY, error.retry_after_ms),) if error.retry_after_ms else ()
-            draining = Draining.metadata if error.draining else ()
-            await context.abort(error.code, str(error), trailing_metadata=(*hint, *draining))
-        except Exception as error:  # the edge: whatever failed, the caller is told
-            if not isinstance(error, DecodeFailed | ValueError):
-                logger.exception("a decode request failed")
-            await context.abort(grpc.StatusCode.INTERNAL, f"decode failed: {error}")
         finally:
             logger.debug("decoding %s", "finished" if finished else "ended", extra={"fields": {"tokens": len(written)}})
             self.metrics.ended(

@@ -78,7 +78,9 @@ class Answers:
         if not self._client_has(chunk.choice, chunk.token_id, is_last=bool(answer.finish_reason)):
             return out
         if self.finished:  # only the usage is new
-            return inference_pb2.GenerateChunk(choice=chunk.choice, index=chunk.index + 1)
+            return inference_pb2.GenerateChunk(
+                choice=chunk.choice, index=chunk.index + 1, finish_reason=answer.finish_reason
+            )
         return None
 
     def _client_has(self, choice: int, token_id: int, *, is_last: bool) -> bool:

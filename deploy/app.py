@@ -29,7 +29,7 @@ import ray
 import torch
 
 from kvferry.decode.config import DecodeConfig
-from kvferry.deploy.assembly import make_gateway, model_config
+from kvferry.deploy.assembly import decode_config, make_gateway, model_config, prefill_config
 from kvferry.deploy.models import find_model
 from kvferry.deploy.rank_counts import RankCounts, threads_of_rank
 from kvferry.deploy.settings import Settings
@@ -171,6 +171,10 @@ class Deployment:
     def _start(self) -> None:
         settings = self.settings
         started = time.monotonic()
+        if settings.gateway.count != 1:
+            raise ValueError(
+                "gateway.count: one machine has one gateway; other numbers are for a cluster, see kvferry up"
+            )
         find_model(settings.model)  # a wrong name should fail before anything starts; converts a GGUF file once
         ranks = RankCounts.of(settings)
         workers = settings.prefill.count + settings.decode.count
@@ -184,35 +188,23 @@ class Deployment:
             log_to_driver=logger.isEnabledFor(logging.INFO),
             logging_level=logging.WARNING,
         )
-        gpus = ray.cluster_resources().get("GPU", 0)
+        present = ray.cluster_resources().get("GPU", 0)
+
+        def gpus(wanted: float | None, size: int) -> float:
+            return ranks.gpus(size, available=present) if wanted is None else wanted
+
         self.store = ring = settings.store.ring_config(settings.store.nodes or self._start_nodes())
         model = model_config(settings)
         cores = os.cpu_count() or 1
         prefill_configs = [
-            PrefillConfig(
-                host=settings.prefill.host,
-                port=(port := settings.prefill.port and settings.prefill.port + i),
-                metrics=settings.metrics.place(port),
-                max_requests=settings.prefill.max_requests,
-                fetch=settings.prefill.fetch,
+            prefill_config(
+                settings, host=settings.prefill.host, port=settings.prefill.port and settings.prefill.port + i
             )
             for i in range(settings.prefill.count)
         ]
-        own_prefill = (
-            None
-            if prefill_configs
-            else PrefillConfig(max_requests=settings.prefill.max_requests, fetch=settings.prefill.fetch)
-        )
+        own_prefill = None if prefill_configs else prefill_config(settings)
         decode_configs = [
-            DecodeConfig(
-                host=settings.decode.host,
-                port=(port := settings.decode.port and settings.decode.port + i),
-                metrics=settings.metrics.place(port),
-                kv_memory=settings.decode.kv_memory,
-                max_num_seqs=settings.decode.max_num_seqs,
-                prefix_caching=settings.decode.prefix_caching,
-                publish_answers=settings.decode.publish_answers,
-            )
+            decode_config(settings, host=settings.decode.host, port=settings.decode.port and settings.decode.port + i)
             for i in range(settings.decode.count)
         ]
         cache = settings.store.worker_cache
@@ -226,11 +218,11 @@ class Deployment:
                 threads_of_rank(settings, size, num_cores=cores),
                 own_prefill,
                 cache,
-                num_gpus=ranks.gpus(size, available=gpus),
+                num_gpus=gpus(wanted, size),
             )
-            for name, config, size in (
-                *((f"prefill-{i}", c, ranks.prefill) for i, c in enumerate(prefill_configs)),
-                *((f"decode-{i}", c, ranks.decode) for i, c in enumerate(decode_configs)),
+            for name, config, size, wanted in (
+                *((f"prefill-{i}", c, ranks.prefill, settings.prefill.gpus) for i, c in enumerate(prefill_configs)),
+                *((f"decode-{i}", c, ranks.decode, settings.decode.gpus) for i, c in enumerate(decode_configs)),
             )
         }
         addresses = {name: self._finish(name, start) for name, start in pending.items()}

@@ -21,6 +21,7 @@ from kvferry.deploy.cli_bench import bench_decode_command, bench_memory_command
 from kvferry.deploy.cli_bench_store import bench_store_command
 from kvferry.deploy.cli_bench_transfer import bench_transfer_command
 from kvferry.deploy.cli_chooser import bench_chooser_command
+from kvferry.deploy.cli_config import config as config_commands
 from kvferry.deploy.cli_doctor import doctor_command
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
@@ -28,6 +29,7 @@ from kvferry.deploy.cli_prefetch import prefetch_prompt
 from kvferry.deploy.cli_prefill import bench_prefill_command
 from kvferry.deploy.cli_processes import register as register_processes
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
+from kvferry.deploy.cluster.commands import add_cluster_commands
 from kvferry.deploy.prefix.commands import prefix
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
@@ -59,6 +61,8 @@ app.command("eval")(eval_command)
 app.command("calibrate")(calibrate_command)
 app.command("doctor")(doctor_command)
 app.add_typer(prefix, name="prefix")
+app.add_typer(config_commands, name="config")
+add_cluster_commands(app)
 register_processes(app)
 
 STATIC_TARGETS = ("sm_80", "sm_90")
@@ -126,7 +130,9 @@ def generate(
         Path | None, typer.Option(help="Read the prompt from this file; - is standard input.")
     ] = None,
     question: Annotated[str | None, typer.Option(help="Ask this about the text of the prompt.")] = None,
-    address: Annotated[str, typer.Option(help="host:port of the gateway.")] = "127.0.0.1:7600",
+    address: Annotated[
+        str, typer.Option(help="host:port of the gateway, or of several: a:7600,b:7600.")
+    ] = "127.0.0.1:7600",
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -171,7 +177,7 @@ def generate(
                     print(chunk.text, end="", flush=True)
                 if chunk.usage is not None:
                     reason, usage = chunk.finish_reason, chunk.usage
-    except ClientError as error:
+    except (ClientError, ValueError) as error:
         fail(str(error))
     assert usage is not None
     if as_json:

@@ -5,13 +5,16 @@
         for chunk in client.stream(prompt="Once upon a time"):
             print(chunk.text, end="")
 
+With several addresses ("a:7600,b:7600", or a list) the client begins at any of them and goes on at the next one when a
+connection is lost, also in the middle of an answer: no token is missing, repeated or changed.
+
 ClientError
 ├── InvalidRequest      (a ValueError) the gateway refuses the request as it is: change it
 ├── ModelNotFound       no such model is served
 ├── Overloaded          too many requests: try again after `retry_after` seconds
 ├── Unavailable         no gateway at this address, or no workers behind it, or they went away: try again later
 ├── DeadlineExceeded    (a TimeoutError) the answer was not complete in time
-├── Cancelled           the call was cancelled
+├── Cancelled           the call was cancelled, or tried anew with the same request_id
 └── ServerError         something went wrong on the other side
 
 Needs grpc and protobuf, nothing else: no torch, no transformers.
@@ -19,9 +22,11 @@ Needs grpc and protobuf, nothing else: no torch, no transformers.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
 
@@ -34,12 +39,10 @@ from kvferry.deploy.client_errors import (
     Overloaded,
     ServerError,
     Unavailable,
-    friendly_errors,
 )
 from kvferry.deploy.client_messages import (
     Choice,
     Chunk,
-    ChunkReader,
     Completion,
     GenerateOptions,
     Logprob,
@@ -59,6 +62,7 @@ from kvferry.deploy.client_messages import (
     warm_request,
     warmed,
 )
+from kvferry.deploy.client_resume import Gateways, Resumption, RetryPolicy, split_addresses
 from kvferry.proto import inference_pb2, inference_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
 
@@ -80,6 +84,7 @@ __all__ = [
     "ModelNotFound",
     "Overloaded",
     "PromptOptions",
+    "RetryPolicy",
     "Sampling",
     "ServerError",
     "TokenCount",
@@ -91,17 +96,29 @@ __all__ = [
 
 DEFAULT_ADDRESS = "127.0.0.1:7600"
 
+T = TypeVar("T")
+
 
 class Client:
-    """One connection to a gateway. Safe to use from several threads."""
+    """Connections to one or more gateways. Safe to use from several threads."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        self._address = address
-        if credentials is None:
-            self._channel = grpc.insecure_channel(address, options=channel_options())
-        else:
-            self._channel = grpc.secure_channel(address, credentials, options=channel_options())
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+    def __init__(
+        self,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        """Raises ValueError without an address."""
+        self._gateways = Gateways(split_addresses(address))
+        self._retry = retry or RetryPolicy()
+        self._channels = [
+            grpc.insecure_channel(one, options=channel_options())
+            if credentials is None
+            else grpc.secure_channel(one, credentials, options=channel_options())
+            for one in self._gateways.addresses
+        ]
+        self._stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in self._channels]
 
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion:
         """The whole answer to a text, or to the `messages` or `token_ids` in its place."""
@@ -113,26 +130,26 @@ class Client:
 
     def count_tokens(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> TokenCount:
         """How many tokens a prompt is, after the chat template."""
-        request = count_request(prompt, options)
-        with friendly_errors(self._address):
-            return token_count(self._stub.CountTokens(request, timeout=options.get("timeout")))
+        request, timeout = count_request(prompt, options), options.get("timeout")
+        return token_count(self._ask(lambda stub: stub.CountTokens(request, timeout=timeout)))
 
     def warm(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> Warmed:
         """Has the prompt's complete blocks computed and stored ahead, when prefill is idle; waits until they are.
 
         A later prompt that begins in the same way finds them.
         """
-        request = warm_request(prompt, options)
-        with friendly_errors(self._address):
-            return warmed(self._stub.Warm(request, timeout=options.get("timeout")))
+        request, timeout = warm_request(prompt, options), options.get("timeout")
+        return warmed(self._ask(lambda stub: stub.Warm(request, timeout=timeout)))
 
     def models(self, *, timeout: float | None = None) -> list[Model]:
         """What is served; empty while no workers are ready."""
-        with friendly_errors(self._address):
-            return read_models(self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout))
+        request = inference_pb2.ListModelsRequest()
+        return read_models(self._ask(lambda stub: stub.ListModels(request, timeout=timeout)))
 
     def close(self) -> None:
-        self._channel.close()
+        self._gateways.closed = True
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -143,27 +160,53 @@ class Client:
         self.close()
 
     def _stream(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> Iterator[Chunk]:
-        with friendly_errors(self._address):
-            call = self._stub.Generate(request, timeout=timeout)
-            order = ChunkReader(request.sampling.n)
+        resumption = Resumption(request, self._gateways, timeout=timeout, policy=self._retry)
+        while True:
+            stub = self._stubs[resumption.index]
+            call = stub.Generate(resumption.message(), timeout=resumption.seconds_left())
             try:
                 for message in call:
-                    yield order.next(message)
-                order.end()
+                    yield resumption.take(message)
+                resumption.end()
+                return
+            except grpc.RpcError as error:
+                if resumption.is_complete:
+                    return  # only the status was lost
+                pause = resumption.after(error)
             finally:
                 call.cancel()
+            time.sleep(pause)
+
+    def _ask(self, call: Callable[[inference_pb2_grpc.InferenceStub], T]) -> T:
+        """The first answer of a gateway that is there."""
+        for index in self._gateways.order():
+            try:
+                return call(self._stubs[index])
+            except grpc.RpcError as error:
+                failure = self._gateways.after(error, index)
+        raise failure
 
 
 class AsyncClient:
     """`Client` for asyncio. Make and use it in one event loop."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        self._address = address
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, options=channel_options())
-        else:
-            self._channel = grpc.aio.secure_channel(address, credentials, options=channel_options())
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+    def __init__(
+        self,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        """Raises ValueError without an address."""
+        self._gateways = Gateways(split_addresses(address))
+        self._retry = retry or RetryPolicy()
+        self._channels = [
+            grpc.aio.insecure_channel(one, options=channel_options())
+            if credentials is None
+            else grpc.aio.secure_channel(one, credentials, options=channel_options())
+            for one in self._gateways.addresses
+        ]
+        self._stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in self._channels]
 
     async def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion:
         """The whole answer to a text, or to the `messages` or `token_ids` in its place."""
@@ -175,26 +218,26 @@ class AsyncClient:
 
     async def count_tokens(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> TokenCount:
         """How many tokens a prompt is, after the chat template."""
-        request = count_request(prompt, options)
-        with friendly_errors(self._address):
-            return token_count(await self._stub.CountTokens(request, timeout=options.get("timeout")))
+        request, timeout = count_request(prompt, options), options.get("timeout")
+        return token_count(await self._ask(lambda stub: stub.CountTokens(request, timeout=timeout)))
 
     async def warm(self, prompt: str | None = None, **options: Unpack[PromptOptions]) -> Warmed:
         """Has the prompt's complete blocks computed and stored ahead, when prefill is idle; waits until they are.
 
         A later prompt that begins in the same way finds them.
         """
-        request = warm_request(prompt, options)
-        with friendly_errors(self._address):
-            return warmed(await self._stub.Warm(request, timeout=options.get("timeout")))
+        request, timeout = warm_request(prompt, options), options.get("timeout")
+        return warmed(await self._ask(lambda stub: stub.Warm(request, timeout=timeout)))
 
     async def models(self, *, timeout: float | None = None) -> list[Model]:
         """What is served; empty while no workers are ready."""
-        with friendly_errors(self._address):
-            return read_models(await self._stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout))
+        request = inference_pb2.ListModelsRequest()
+        return read_models(await self._ask(lambda stub: stub.ListModels(request, timeout=timeout)))
 
     async def close(self) -> None:
-        await self._channel.close()
+        self._gateways.closed = True
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -207,12 +250,28 @@ class AsyncClient:
     async def _stream(
         self, request: inference_pb2.GenerateRequest, timeout: float | None
     ) -> AsyncGenerator[Chunk, None]:
-        with friendly_errors(self._address):
-            call = self._stub.Generate(request, timeout=timeout)
-            order = ChunkReader(request.sampling.n)
+        resumption = Resumption(request, self._gateways, timeout=timeout, policy=self._retry)
+        while True:
+            stub = self._stubs[resumption.index]
+            call = stub.Generate(resumption.message(), timeout=resumption.seconds_left())
             try:
                 async for message in call:
-                    yield order.next(message)
-                order.end()
+                    yield resumption.take(message)
+                resumption.end()
+                return
+            except grpc.RpcError as error:
+                if resumption.is_complete:
+                    return  # only the status was lost
+                pause = resumption.after(error)
             finally:
                 call.cancel()
+            await asyncio.sleep(pause)
+
+    async def _ask(self, call: Callable[[inference_pb2_grpc.InferenceAsyncStub], Awaitable[T]]) -> T:
+        """The first answer of a gateway that is there."""
+        for index in self._gateways.order():
+            try:
+                return await call(self._stubs[index])
+            except grpc.RpcError as error:
+                failure = self._gateways.after(error, index)
+        raise failure

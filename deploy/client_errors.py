@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -45,16 +43,8 @@ class ServerError(ClientError):
     pass
 
 
-@contextmanager
-def friendly_errors(address: str) -> Iterator[None]:
-    """Raises a `ClientError` in place of gRPC's own."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise _client_error(error, address) from None
-
-
-def _client_error(error: grpc.RpcError, address: str) -> ClientError:
+def client_error(error: grpc.RpcError, address: str) -> ClientError:
+    """What gRPC's error means to the caller."""
     details = error.details() or "The other side gives no reason."
     pairs: Any = error.trailing_metadata() or ()
     trailing: dict[str, str] = dict(pairs)
@@ -71,6 +61,8 @@ def _client_error(error: grpc.RpcError, address: str) -> ClientError:
             return InvalidRequest(f"The request is larger than the gateway reads: {details}")
         case grpc.StatusCode.UNAVAILABLE if ERROR_KEY in trailing:
             return Unavailable(details)
+        case grpc.StatusCode.ABORTED if ERROR_KEY in trailing:
+            return Cancelled(details)  # a newer attempt has begun
         case grpc.StatusCode.UNAVAILABLE:
             return Unavailable(f"No gateway answers at {address}, or the connection to it broke.")
         case grpc.StatusCode.DEADLINE_EXCEEDED:

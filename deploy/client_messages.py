@@ -145,7 +145,7 @@ class ChunkReader:
         if choice >= len(self._num_tokens):
             raise ServerError(f"The gateway sent answer {choice} where {len(self._num_tokens)} were asked for.")
         due = self._num_tokens[choice]
-        if message.index != due or self._finished[choice]:
+        if message.index != due or (self._finished[choice] and message.token_ids):
             raise ServerError(f"The gateway sent token {message.index} where token {due} was due.")
         self._num_tokens[choice] += len(message.token_ids)
         self._finished[choice] = bool(message.finish_reason)

@@ -47,6 +47,8 @@ class Ledger:
         self._members: dict[str, Member] = {}
         self._expires: dict[str, float] = {}
         self._left: OrderedDict[str, None] = OrderedDict()
+        self._taken_off: OrderedDict[str, None] = OrderedDict()
+        """Instances whose lease this ledger saw end."""
         self._last_tick = clock()
         self._settled_at = self._last_tick + settle_s
         self.version = 0
@@ -78,9 +80,7 @@ class Ledger:
         return Grant(member.epoch, lost)
 
     def leave(self, instance_id: str) -> None:
-        self._left[instance_id] = None
-        if len(self._left) > _MAX_LEFT:
-            self._left.popitem(last=False)
+        _remember(self._left, instance_id)
         self._remove(instance_id)
 
     def tick(self, *, interval_s: float) -> None:
@@ -94,6 +94,7 @@ class Ledger:
         self._last_tick = now
         for instance in [instance for instance, end in self._expires.items() if end < now]:
             self.num_expired += 1
+            _remember(self._taken_off, instance)
             self._remove(instance)
         if not self.settled and now >= self._settled_at:
             self.settled = True
@@ -104,7 +105,8 @@ class Ledger:
         other = next((m for m in self._members.values() if m.address == member.address), None)
         if other is not None and 0 < member.epoch < other.epoch:
             raise Refused(f"a newer member has the address {member.address}")
-        lost = member.epoch > 0 and self.settled
+        lost = member.epoch > 0 and (self.settled or member.instance_id in self._taken_off)
+        self._taken_off.pop(member.instance_id, None)
         if member.epoch == 0 or lost:
             member = replace(member, epoch=self._epochs.next())
             self.num_leases_lost += lost
@@ -118,3 +120,9 @@ class Ledger:
         self._expires.pop(instance_id, None)
         if self._members.pop(instance_id, None) is not None:
             self.version += 1
+
+
+def _remember(instances: OrderedDict[str, None], instance_id: str) -> None:
+    instances[instance_id] = None
+    if len(instances) > _MAX_LEFT:
+        instances.popitem(last=False)

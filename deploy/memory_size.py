@@ -33,4 +33,6 @@ def _check(value: int | float) -> int | float:
     return value
 
 
-KVMemory = Annotated[int | float, BeforeValidator(lambda value: _check(parse_kv_memory(value)))]
+KVMemory = Annotated[
+    int | float, BeforeValidator(lambda value: _check(parse_kv_memory(value)), json_schema_input_type=int | str)
+]

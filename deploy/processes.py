@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from kvferry.deploy.cluster_member import ClusterMember
 from kvferry.deploy.directory_client import DirectoryMembership
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.membership import Lease
+from kvferry.deploy.rank_counts import threads_of_rank
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.worker_server import ModelRuntime, WorkerServer
 from kvferry.kvstore.malloc import tune_malloc
@@ -39,8 +41,10 @@ class WorkerProcess:
         """See `Drainable`. Loads the model."""
         settings = self._settings
         tune_malloc()
-        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-        self._runtime = await asyncio.to_thread(ModelRuntime, model_config(settings))
+        size = (settings.prefill if self._role == "prefill" else settings.decode).tensor_parallel
+        torch.set_num_threads(threads_of_rank(settings, size, num_cores=os.cpu_count() or 1))
+        model = replace(model_config(settings), tensor_parallel=size)
+        self._runtime = await asyncio.to_thread(ModelRuntime, model)
         config: PrefillConfig | DecodeConfig
         if self._role == "prefill":
             config = prefill_config(settings, host=self._host, port=self._port)
@@ -49,14 +53,21 @@ class WorkerProcess:
         self._server = WorkerServer(
             self._runtime,
             config=config,
-            store_address=RingConfig(nodes=(), min_nodes=0, replication=settings.store.replication),
+            store_address=self._ring(),
             own_prefill=prefill_config(settings) if self._role == "both" else None,
             store_cache_bytes=settings.store.worker_cache,
-            membership=DirectoryMembership(self._directory, roles=["store"]),
+            membership=None if settings.store.nodes else DirectoryMembership(self._directory, roles=["store"]),
         )
         if self._lease is not None:
             self._server.use_lease(self._lease)
         return await self._server.start()
+
+    def _ring(self) -> RingConfig:
+        """The settings' own nodes, or those that the directory will name."""
+        store = self._settings.store
+        if store.nodes:
+            return store.ring_config(store.nodes)
+        return RingConfig(nodes=(), min_nodes=0, replication=store.replication)
 
     def use_lease(self, lease: Lease) -> None:
         self._lease = lease

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator
@@ -18,6 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from kvferry.deploy.cluster.settings import ClusterSettings
 from kvferry.deploy.memory_size import KVMemory
 from kvferry.deploy.operations_settings import LogSettings, MetricsSettings
 from kvferry.deploy.routing.policies import Policy
@@ -25,6 +26,8 @@ from kvferry.deploy.routing.prefix import DEFAULT_INDEX_BYTES
 from kvferry.deploy.store_settings import Bytes, Port, Section, StoreSettings
 from kvferry.deploy.weight_quantization_names import WeightQuantization
 from kvferry.kernels.presets import DEFAULT_PRESET
+
+Gpus = Annotated[float | None, Field(ge=0, le=64)]
 
 
 class GatewaySettings(Section):
@@ -36,6 +39,8 @@ class GatewaySettings(Section):
     max_queued: int = Field(256, ge=0)
     default_timeout_s: float = Field(600.0, gt=0)
     tenant: str = "default"
+    count: int = Field(1, ge=0, le=64)
+    """In a cluster: gateways, one on each machine, all on this port; 0: they run elsewhere (`kvferry gateway`)."""
     router: Policy = "prefix"
     """Which workers a request goes to; see docs/routing.md."""
     router_memory: Bytes = DEFAULT_INDEX_BYTES
@@ -66,6 +71,10 @@ class PrefillSettings(Ranks):
     max_requests: int = Field(64, gt=0)
     fetch: Literal["measured", "always", "never"] = "measured"
     """Whether cached blocks are fetched: where that is faster than computing them, or always, or never."""
+    gpus: Gpus = None
+    """Of each worker. None: on one machine its GPUs, shared evenly; in a cluster 1 where a machine has some."""
+    resource: str | None = None
+    """In a cluster: only on machines that have this Ray resource."""
 
 
 class DecodeSettings(Ranks):
@@ -80,10 +89,14 @@ class DecodeSettings(Ranks):
     """Keep the blocks of finished prompts in the pool while there is room."""
     publish_answers: bool = True
     """After an answer, compute and publish its blocks when prefill is idle, for the conversation's next turn."""
+    gpus: Gpus = None
+    """Of each worker. None: on one machine its GPUs, shared evenly; in a cluster 1 where a machine has some."""
+    resource: str | None = None
+    """In a cluster: only on machines that have this Ray resource."""
 
 
 class Settings(BaseSettings):
-    """A deployment on one machine."""
+    """A deployment: on one machine, or on the machines of a Ray cluster."""
 
     model_config = SettingsConfigDict(
         env_prefix="KVFERRY_",
@@ -115,6 +128,7 @@ class Settings(BaseSettings):
     store: StoreSettings = StoreSettings()
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
+    cluster: ClusterSettings = ClusterSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
 

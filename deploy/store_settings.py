@@ -32,7 +32,10 @@ def _url_alone(value: object) -> object:
     return {"url": value} if isinstance(value, str) else value
 
 
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(gt=0)]
+BytesOrOff = Annotated[
+    Annotated[int, Field(gt=0)] | None, BeforeValidator(_bytes_or_off, json_schema_input_type=int | str | bool | None)
+]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -108,12 +111,14 @@ class StoreSettings(Section):
     """host:port of nodes that run elsewhere: then none is started here."""
     replication: int = Field(1, ge=1, le=MAX_REPLICATION)
     """Nodes that get a copy of each record."""
-    worker_cache: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_bytes_or_off)] = None
+    worker_cache: BytesOrOff = None
     """What each worker keeps of the records that it read; None, written as `off`: nothing."""
-    memory: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_bytes_or_off)] = 2**30
+    memory: BytesOrOff = 2**30
     """None, written as `off`: no memory tier."""
     disk: DiskSettings | None = None
-    redis: Annotated[RedisSettings | None, BeforeValidator(_url_alone)] = None
+    redis: Annotated[
+        RedisSettings | None, BeforeValidator(_url_alone, json_schema_input_type=RedisSettings | str | None)
+    ] = None
     write: Literal["through", "back"] = "through"
 
     @model_validator(mode="after")

@@ -8,10 +8,11 @@ that still runs is ended. Attempt 0 is outside all of this.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
 
@@ -19,6 +20,9 @@ DRAINING_KEY = "kvferry-draining"
 """Trailing metadata of an UNAVAILABLE: this process takes no new calls, others do."""
 
 _MAX_REMEMBERED = 4096
+_MAX_AHEAD = 64
+
+T = TypeVar("T")
 
 
 class CallEnded(Exception):
@@ -54,32 +58,68 @@ class CallCounters:
     """Calls refused while draining."""
 
 
-class _Running:
-    def __init__(self, attempt: int) -> None:
-        self.attempt = attempt
-        self._task = asyncio.current_task()
+class RunningCall:
+    """One of `Attempts`. Ending it cancels the task that it runs in."""
+
+    def __init__(self) -> None:
+        self._own_task = self._task = asyncio.current_task()
         self.ended: CallEnded | None = None
+        """Why."""
 
     def end(self, reason: CallEnded) -> None:
-        """Cancels the call's task; `Attempts.running` makes that `reason`."""
         if self.ended is None and self._task is not None:
             self.ended = reason
             self._task.cancel()
 
     def take_cancellation(self) -> CallEnded | None:
-        """The reason, where the cancellation was ours."""
-        if self.ended is not None and self._task is not None:
+        """The reason, where a cancellation of the call's own task was ours."""
+        if self.ended is not None and self._task is not None and self._task is self._own_task:
             self._task.uncancel()
         return self.ended
+
+    async def pumped(self, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
+        """`items`, made in a task of their own. Ending the call cancels that one and not a write to the caller, which
+        gRPC would finish later than the status; so what `items` holds is free at once, and the caller is told why when
+        it has taken what is being written. Closes `items`."""
+        made: deque[T] = deque()
+        changed, room = asyncio.Event(), asyncio.Event()
+
+        async def pump() -> None:
+            async with aclosing(items):
+                async for item in items:
+                    made.append(item)
+                    changed.set()
+                    while len(made) >= _MAX_AHEAD:
+                        room.clear()
+                        await room.wait()
+
+        task = asyncio.create_task(pump())
+        task.add_done_callback(lambda _: changed.set())
+        self._task = task
+        try:
+            while True:
+                changed.clear()
+                while made and self.ended is None:
+                    yield made.popleft()
+                    room.set()
+                if self.ended is not None:
+                    raise self.ended
+                if task.done():
+                    task.result()
+                    return
+                await changed.wait()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 class Attempts:
     """The calls that run now, and the newest attempt known of each request. Lives on one event loop."""
 
     def __init__(self) -> None:
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, RunningCall] = {}
         self._newest: OrderedDict[tuple[str, str], int] = OrderedDict()
-        self._by_request: dict[tuple[str, str], _Running] = {}
+        self._by_request: dict[tuple[str, str], RunningCall] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self.counters = CallCounters()
@@ -95,7 +135,7 @@ class Attempts:
         return (tenant, request_id) in self._by_request
 
     @contextmanager
-    def running(self, tenant: str, request_id: str, attempt: int) -> Iterator[None]:
+    def running(self, tenant: str, request_id: str, attempt: int) -> Iterator[RunningCall]:
         """Surrounds a call, in its own task. Raises `Draining` or `Superseded` when it must not begin, and what
         ended it when it must not go on."""
         if self.draining:
@@ -104,13 +144,13 @@ class Attempts:
         request = (tenant, request_id)
         if attempt:
             self._admit(request, attempt)
-        call = _Running(attempt)
+        call = RunningCall()
         self._running[id(call)] = call
         self._idle.clear()
         if attempt:
             self._by_request[request] = call
         try:
-            yield
+            yield call
         except asyncio.CancelledError:
             if reason := call.take_cancellation():
                 raise reason from None

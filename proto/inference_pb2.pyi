@@ -370,7 +370,9 @@ class GenerateChunk(_message.Message):
     seed: _builtins.int
     """on the stream's first chunk: the request's, or the one that was chosen for it"""
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """empty only when the client has all tokens and the usage alone is new"""
+
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]: ...
     @_builtins.property

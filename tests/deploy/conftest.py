@@ -56,6 +56,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
     describe_delays: list = field(default_factory=list)
     block_size: int = 0
     stats: worker_pb2.WorkerStats | None = None
+    draining: bool = False
 
     @property
     def address(self):
@@ -84,6 +85,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer, worker_pb2_grpc.DecodeServicer)
             kernels="reference",
             block_size=self.block_size,
             block_bytes=1000,
+            draining=self.draining,
         )
 
     async def Stats(self, request, context):

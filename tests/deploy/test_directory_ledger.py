@@ -117,6 +117,17 @@ def test_a_new_directory_takes_members_over_with_their_epochs(clock):
     assert book.announce(member("three", address="h:3", epoch=60)).lease_lost
 
 
+def test_a_new_directory_knows_whom_it_took_off_itself(clock):
+    book = ledger(clock, settle_s=60.0)
+    book.announce(member(epoch=70))
+    let_pass(book, clock, LEASE_S + 0.5)
+    assert not book.settled
+    assert names(book) == []
+    epoch, lost = book.announce(member(epoch=70))
+    assert lost
+    assert epoch > 70
+
+
 def test_of_two_from_before_the_newer_has_the_address(clock):
     book = ledger(clock, settle_s=5.0)
     book.announce(member("new", epoch=9))

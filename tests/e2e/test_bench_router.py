@@ -20,8 +20,8 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_policy_is_measured(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    sizes = ("--documents", "2", "--requests", "6", "--document-len", "128", "--question-len", "8", "--rounds", "1")
-    workers = ("--prefill-workers", "2", "--decode-workers", "1", "--worker-cache", "8MiB", "--block-size", "32")
+    sizes = ("--documents", "2", "--requests", "6", "--document-len", "256", "--question-len", "8", "--rounds", "1")
+    workers = ("--prefill-workers", "2", "--decode-workers", "1", "--worker-cache", "8MiB")
     speed = ("--request-rate", "20", "--link", "100mbit")
     done = _run("--model", str(tiny_model("llama")), *sizes, *workers, *speed, "--json", str(out))
     assert done.returncode == 0, done.stderr
@@ -31,9 +31,9 @@ def test_every_policy_is_measured(tiny_model: Callable[[str], Path], tmp_path: P
     for row in result["rounds"]:
         assert len(row["ttfts_s"]) == sum(row["prefill_requests"]) == sum(row["decode_requests"]) == 6
         tokens = row["tokens"]
-        assert tokens["total"] == 6 * (128 + 8)
+        assert tokens["total"] == 6 * (256 + 8)
         # Each document is computed once at least, and each question always.
-        assert 2 * 128 + 6 * 8 <= tokens["computed"] <= tokens["total"]
+        assert 2 * 256 + 6 * 8 <= tokens["computed"] <= tokens["total"]
         assert sum(tokens[name] for name in ("computed", "shared", "own_cache", "store")) == tokens["total"]
     assert "median TTFT of round-robin over prefix" in done.stdout
 

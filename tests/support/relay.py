@@ -15,10 +15,10 @@ class Relay:
         self._bytes_per_s = float("inf")
         self._fast_bytes = 0
 
-    async def start(self, target: str) -> None:
-        self._host, _, port = target.rpartition(":")
-        self._port = int(port)
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+    async def start(self, target: str, port: int = 0) -> None:
+        self._host, _, target_port = target.rpartition(":")
+        self._port = int(target_port)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", port)
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def slow_down(self, bytes_per_s: float, *, after: int = 0) -> None:
