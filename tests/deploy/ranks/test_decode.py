@@ -13,6 +13,7 @@ import torch
 from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.ranks.decode import GroupDecode
 from kvferry.deploy.ranks.errors import RankFailed
+from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelRuntime, WorkerServer
 from kvferry.kvstore.codec import decode_record
 from kvferry.kvstore.identity import namespace_of
@@ -60,6 +61,16 @@ async def test_any_prefill_group_feeds_any_decode_group(
     await store.backend.delete(keys[3:])
     partial = await fresh.generate(token_ids, max_tokens=MAX_TOKENS)
     assert (partial.num_cached_tokens, partial.tokens) == (3 * BLOCK_SIZE, cold.tokens)
+
+
+async def test_blocks_without_sinks(group: Group, serve_workers: Any, make_store: Any, make_prompt: Any) -> None:
+    """`kv16` has none: what the ranks get of them is empty."""
+    spec = resolve_spec("kv16", block_size=BLOCK_SIZE)
+    maker, reader, store = group(1, spec=spec), group(2, spec=spec), await make_store()
+    token_ids = make_prompt(2 * BLOCK_SIZE + 9)
+    cold = await (await serve_workers(maker, store.address)).generate(token_ids)
+    hit = await (await serve_workers(maker, store.address, decode_runtime=reader)).generate(token_ids)
+    assert (hit.num_cached_tokens, hit.tokens) == (2 * BLOCK_SIZE, cold.tokens)
 
 
 async def test_groups_of_different_sizes_share_no_block(
