@@ -254,4 +254,5 @@ class DecodeFollower:
 
 
 def _tensor(raw: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    """Also of no bytes, which `frombuffer` refuses: a spec without sinks has some."""
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)

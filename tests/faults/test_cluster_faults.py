@@ -54,21 +54,28 @@ def load(shared: tuple[Cluster, Load]) -> Load:
 
 @dataclass
 class Injection:
-    """What a fault did, and how long it took. `noticed` and `recovered` are seconds after the signal."""
+    """What a fault did. Seconds: `noticed`, from the signal until it showed in a counter or in the list of members;
+    `pause`, the longest wait of a client for its next token since then."""
 
     kind: str
     number: int
     noticed: float = 0.0
+    pause: float = 0.0
     failovers: int = 0
 
     def __str__(self) -> str:
         name = signal.Signals(self.number).name
-        return f"{self.kind:<10}{name:<9} noticed after {self.noticed:4.1f} s, {self.failovers} requests went elsewhere"
+        return (
+            f"{self.kind:<10}{name:<9} noticed after {self.noticed:4.1f} s, {self.failovers} requests went elsewhere, "
+            f"longest pause {self.pause:4.1f} s"
+        )
 
 
-async def moved(cluster: Cluster) -> dict[str, int]:
-    """By gateway that answers: requests that went on elsewhere, with other workers or from another gateway."""
-    told = {proc.name: await cluster.gateway_stats(proc) for proc in cluster.of_kind("gateway")}
+async def moved(cluster: Cluster, without: Proc) -> dict[str, int]:
+    """By gateway that answers: requests that went on elsewhere, with other workers or from another gateway. `without`
+    is not asked: it may be stopped, and would only cost time."""
+    gateways = [proc for proc in cluster.of_kind("gateway") if proc is not without]
+    told = {proc.name: await cluster.gateway_stats(proc) for proc in gateways}
     return {name: stats.num_failovers + stats.num_resumed for name, stats in told.items() if stats is not None}
 
 
@@ -95,7 +102,7 @@ async def noticed(cluster: Cluster, proc: Proc, before: dict[str, int]) -> bool:
         except OSError:
             return True
         return False
-    if more(await moved(cluster), before):
+    if more(await moved(cluster, proc), before):
         return True
     return proc.address not in await cluster.members()
 
@@ -104,7 +111,7 @@ async def inject(cluster: Cluster, proc: Proc, number: int, load: Load) -> Injec
     """Kills or stops `proc` while it is busy, sees that the rest goes on, and brings it back."""
     injection = Injection(proc.kind, number)
     await cluster.until(lambda: busy(cluster, proc), f"{proc.name} gets no request")
-    before, lost_before = await moved(cluster), await leases_lost(cluster, proc)
+    before, lost_before = await moved(cluster, proc), await leases_lost(cluster, proc)
     proc.signal(number)
     began = time.monotonic()
     await cluster.until(lambda: noticed(cluster, proc, before), f"nobody noticed that {proc.name} is gone")
@@ -112,7 +119,8 @@ async def inject(cluster: Cluster, proc: Proc, number: int, load: Load) -> Injec
     done = load.num_done
     async with asyncio.timeout(LIMIT_S):
         await load.until_done(done + load.num_clients)  # the others go on without it
-    injection.failovers = more(await moved(cluster), before)
+    injection.pause = load.longest_gap_after(began)
+    injection.failovers = more(await moved(cluster, proc), before)
     if number == KILL:
         assert await cluster.ended(proc) == -KILL
         cluster.start(proc)
@@ -120,7 +128,8 @@ async def inject(cluster: Cluster, proc: Proc, number: int, load: Load) -> Injec
         if proc.kind != "directory":
             await cluster.until_left(proc)
         proc.signal(signal.SIGCONT)
-    await cluster.until_joined(proc)
+    # A new directory judges a lease only once its holder has told it of it: so everybody has to be back.
+    await cluster.until_joined(*(cluster.procs.values() if proc.kind == "directory" else [proc]))
     if number == STOP and proc.kind in ("prefill", "decode", "gateway"):
         assert await leases_lost(cluster, proc) == lost_before + 1  # it knows that it was away
     if number == STOP and proc.kind in ("prefill", "decode"):
@@ -183,10 +192,13 @@ def report(injections: list[Injection], load: Load) -> None:
     print(f"\n{len(injections)} injections, {load.num_done} requests, {len(load.problems)} failed")
     for kind in dict.fromkeys(injection.kind for injection in injections):
         for number in (KILL, STOP):
-            times = sorted(i.noticed for i in injections if (i.kind, i.number) == (kind, number))
-            if times:
-                median, longest = times[len(times) // 2], times[-1]
-                print(f"  {kind:<10}{number.name:<9} noticed after {median:.1f} s (at most {longest:.1f})")
+            some = [i for i in injections if (i.kind, i.number) == (kind, number)]
+            if some:
+                noticed_s, pause_s = sorted(i.noticed for i in some), sorted(i.pause for i in some)
+                print(
+                    f"  {len(some)} x {kind:<10}{number.name:<9} noticed after {noticed_s[len(some) // 2]:.1f} s "
+                    f"(at most {noticed_s[-1]:.1f}), pause {pause_s[len(some) // 2]:.1f} s (at most {pause_s[-1]:.1f})"
+                )
     gaps = sorted(length for _, length in load.gaps)
     if gaps:
         median, longest = gaps[len(gaps) // 2], gaps[-1]
@@ -227,7 +239,6 @@ async def test_a_worker_that_is_added_takes_load_and_drains_when_removed(
             await cluster.until(lambda proc=proc: busy(cluster, proc), f"{proc.name} gets no request")  # type: ignore[misc]
         took = time.monotonic() - began
         for proc in added:
-            await cluster.until(lambda proc=proc: busy(cluster, proc), f"{proc.name} gets no request")  # type: ignore[misc]
             proc.signal(signal.SIGTERM)
             assert await cluster.ended(proc) == 0
             assert "were ended" not in proc.log.read_text()

@@ -13,6 +13,7 @@ from kvferry.deploy.worker_server import ModelConfig, ModelRuntime
 from kvferry.kernels.spec import KVQuantSpec
 
 BLOCK_SIZE = 32
+SPEC = KVQuantSpec(block_size=BLOCK_SIZE, value_rotation="hadamard")
 
 
 @pytest.fixture(scope="session")
@@ -31,20 +32,15 @@ def rank_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def group(rank_model: Callable[[str], Path]) -> Iterator[Callable[..., ModelRuntime]]:
     """The runtime of a worker of so many ranks, which this process leads; kept for the session."""
-    started: dict[tuple[str, int], ModelRuntime] = {}
+    started: dict[tuple[str, int, KVQuantSpec], ModelRuntime] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
-    def start(size: int, family: str = "llama") -> ModelRuntime:
-        if (family, size) not in started:
-            config = ModelConfig(
-                model=str(rank_model(family)),
-                dtype="float32",
-                spec=KVQuantSpec(block_size=BLOCK_SIZE, value_rotation="hadamard"),
-                tensor_parallel=size,
-            )
-            started[family, size] = ModelRuntime(config, on_ranks_lost=pytest.fail)
-        return started[family, size]
+    def start(size: int, family: str = "llama", spec: KVQuantSpec = SPEC) -> ModelRuntime:
+        if (family, size, spec) not in started:
+            config = ModelConfig(model=str(rank_model(family)), dtype="float32", spec=spec, tensor_parallel=size)
+            started[family, size, spec] = ModelRuntime(config, on_ranks_lost=pytest.fail)
+        return started[family, size, spec]
 
     yield start
     for runtime in started.values():

@@ -6,16 +6,20 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import pytest
 import torch
 
 from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.ranks.decode import GroupDecode
 from kvferry.deploy.ranks.errors import RankFailed
-from kvferry.deploy.worker_server import ModelRuntime
+from kvferry.deploy.spec_file import resolve_spec
+from kvferry.deploy.worker_server import ModelRuntime, WorkerServer
 from kvferry.kvstore.codec import decode_record
 from kvferry.kvstore.identity import namespace_of
 from kvferry.kvstore.key import block_keys
+from kvferry.prefill.config import PrefillConfig
+from kvferry.proto import worker_pb2, worker_pb2_grpc
 
 BLOCK_SIZE = 32
 NUM_BLOCKS = 6
@@ -59,6 +63,16 @@ async def test_any_prefill_group_feeds_any_decode_group(
     assert (partial.num_cached_tokens, partial.tokens) == (3 * BLOCK_SIZE, cold.tokens)
 
 
+async def test_blocks_without_sinks(group: Group, serve_workers: Any, make_store: Any, make_prompt: Any) -> None:
+    """`kv16` has none: what the ranks get of them is empty."""
+    spec = resolve_spec("kv16", block_size=BLOCK_SIZE)
+    maker, reader, store = group(1, spec=spec), group(2, spec=spec), await make_store()
+    token_ids = make_prompt(2 * BLOCK_SIZE + 9)
+    cold = await (await serve_workers(maker, store.address)).generate(token_ids)
+    hit = await (await serve_workers(maker, store.address, decode_runtime=reader)).generate(token_ids)
+    assert (hit.num_cached_tokens, hit.tokens) == (2 * BLOCK_SIZE, cold.tokens)
+
+
 async def test_groups_of_different_sizes_share_no_block(
     group: Group, serve_workers: Any, make_store: Any, make_prompt: Any
 ) -> None:
@@ -97,3 +111,30 @@ def test_a_tail_that_another_rank_cannot_pack(group: Group) -> None:
         executor.pack_tail(0, 1, index=1)
     executor.memory.load_tail(0, tail.nan_to_num().numpy().tobytes())
     executor.pack_tail(0, 1, index=1)
+
+
+async def test_both_roles_of_one_group(group: Group, serve_workers: Any, make_prompt: Any) -> None:
+    """Prefill passes and decode steps of one group take turns: their collectives never mix."""
+    runtime = group(2)
+    prompts = [make_prompt(3 * BLOCK_SIZE + 7, seed=seed) for seed in range(4)]
+    apart = await serve_workers(runtime)
+    wanted = [(await apart.generate(prompt, max_tokens=MAX_TOKENS)).tokens for prompt in prompts]
+    config = DecodeConfig(kv_memory=32 * 2**20, publish_answers=False)
+    server = WorkerServer(runtime, config=config, store_address=None, own_prefill=PrefillConfig())
+    address = await server.start()
+
+    async def ask(channel: grpc.aio.Channel, prompt: list[int]) -> list[int]:
+        request = worker_pb2.DecodeRequest(
+            request_id="both",
+            tenant="default",
+            token_ids=prompt,
+            sampling=worker_pb2.SamplingParams(max_tokens=MAX_TOKENS),
+        )
+        answer = worker_pb2_grpc.DecodeStub(channel).Generate(request, timeout=120)
+        return [chunk.token_id async for chunk in answer]
+
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            assert await asyncio.gather(*(ask(channel, prompt) for prompt in prompts)) == wanted
+    finally:
+        await server.stop(0.2)
