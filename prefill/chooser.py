@@ -29,6 +29,8 @@ SLOWER = 1.1
 RARELY_FOUND = 0.02
 """Of the wanted blocks, found: the estimate never falls below it, so a look-up in vain costs this share of a prompt."""
 HIT_SMOOTHING = 0.1
+LEAST_LATENCY = 0.02
+"""Of the first record's time: with noise its bytes alone may seem to have taken longer."""
 RECENT = 0.75
 """How much of what is known of a running fetch counts beside each new record."""
 PRIOR_BLOCKS = 2
@@ -159,9 +161,17 @@ class MeasuredChoice:
         if self._recent_bytes:
             link.measure_rest(self._recent_bytes, self._recent_s, weight=weight)
         if self._first is not None:
-            link.measure_first(*self._first, weight=weight)
+            self._measure_first(*self._first, weight=weight)
         if probing:
             chooser.credit_s -= max(self._spent_s - self._question.compute_s(0, self._num_arrived), 0.0)
+
+    def _measure_first(self, num_bytes: int, seconds: float, *, weight: float | None) -> None:
+        """The records after it tell how much of the first one's time were its bytes: the rest is latency."""
+        if not self._recent_bytes:
+            self._link.measure_first(num_bytes, seconds, weight=weight)
+            return
+        bytes_s = num_bytes * self._recent_s / self._recent_bytes
+        self._link.measure_latency(max(seconds - bytes_s, LEAST_LATENCY * seconds), weight=weight)
 
     @property
     def _seconds_per_byte(self) -> float:

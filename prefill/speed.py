@@ -120,6 +120,10 @@ class LinkSpeed:
         """The first record, of `num_bytes`, came `seconds` after it was asked for."""
         self._cost.measure(1.0, num_bytes, seconds, weight=weight)
 
+    def measure_latency(self, seconds: float, *, weight: float | None = None) -> None:
+        """The wait for a fetch's first byte was so long."""
+        self._cost.measure(1.0, 0.0, seconds, weight=weight)
+
     def measure_rest(self, num_bytes: float, seconds: float, *, weight: float | None = None) -> None:
         """So many bytes after the first record took `seconds`."""
         self._cost.measure(0.0, num_bytes, seconds, weight=weight)

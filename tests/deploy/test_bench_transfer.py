@@ -26,8 +26,19 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "kvferry.deploy.cli", "bench", "transfer", *arguments]
     environment = dict(os.environ, PYTHONPATH=str(ROOT / "src"))
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        preexec_fn=heed_interrupts,
     )
+
+
+def heed_interrupts() -> None:
+    """A shell starts what it puts into the background with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def namespaces_of(pid: int) -> list[str]:

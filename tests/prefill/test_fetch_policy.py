@@ -135,9 +135,9 @@ def test_no_decision_changes_a_byte(
         usage = outcome.usage
         assert usage.num_blocks_fetched + usage.num_blocks_recomputed == (NUM_BLOCKS if script.look else 0)
         if script.look:
-            expected = min(script.wanted, script.go_on_until, script.impatient_at)
-            assert usage.num_blocks_fetched == expected
-            assert usage.fetch_abandoned == (expected < script.wanted)
+            most = min(script.wanted, script.go_on_until)
+            assert min(most, script.impatient_at) <= usage.num_blocks_fetched <= most  # what is there is taken at once
+            assert usage.fetch_abandoned == (usage.num_blocks_fetched < script.wanted)
 
 
 @pytest.mark.parametrize("length", [BLOCK_SIZE - 1, BLOCK_SIZE])

@@ -123,7 +123,7 @@ def test_a_machine_whose_rows_depend_on_their_number(
     monkeypatch.setattr(activation, "forward", other_end)
     assert widest_pass(worker.model, worker.loaded.model, block_size=BLOCK_SIZE) == 1
     monkeypatch.undo()
-    monkeypatch.setattr("kvferry.deploy.worker_server.rows_are_invariant", lambda *_, **__: False)
+    monkeypatch.setattr("kvferry.deploy.rank_model.rows_are_invariant", lambda *_, **__: False)
     narrow = load_runtime("llama", block_size=BLOCK_SIZE)
     assert narrow.engine._max_pass_blocks == 1
     assert worker.engine._max_pass_blocks == MAX_PASS_BLOCKS
