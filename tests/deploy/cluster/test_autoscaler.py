@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ import pytest
 from pydantic import ValidationError
 
 from kvferry.deploy.cli_config import find_warnings
-from kvferry.deploy.cluster.autoscaler import Autoscaler, KnownWorker, RoleScaling
+from kvferry.deploy.cluster.autoscaler import ROLES, Autoscaler, KnownWorker, RoleScaling
+from kvferry.deploy.cluster.commands import _print_status
 from kvferry.deploy.cluster.status import as_json, scaling_line
 from kvferry.deploy.cluster.worker_stats import WorkerStatsPoller
 from kvferry.deploy.settings import Settings
@@ -132,6 +134,17 @@ def test_status_says_what_is_wanted_and_why(load: Callable[[str], Settings]) -> 
         "decision": "3 at the start",
         "decided_s_ago": 0,
     }
+
+
+def test_status_prints_what_came_as_json(load: Callable[[str], Settings], capsys: pytest.CaptureFixture[str]) -> None:
+    deployment = Deployment(load(BOTH), prefill=1, decode=3)
+    content = json.loads(json.dumps(as_json("kvferry", [], [deployment.describe(role) for role in ROLES])))
+    _print_status(content)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if "wanted workers" in line] == [
+        "prefill: 1 of 1 wanted workers up; 1 to 4 by load. Last: 1 at the start, 0 s ago.",
+        "decode: 1 of 3 wanted workers up; 2 to 6 by load. Last: 3 at the start, 0 s ago.",
+    ]
 
 
 @pytest.mark.parametrize(
