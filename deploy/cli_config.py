@@ -77,7 +77,10 @@ def find_warnings(settings: Settings) -> list[str]:
     if settings.store.nodes and settings.store.replication == 1 and len(settings.store.nodes) > 1:
         found.append("store.replication: 1 copy: what a lost node had is computed again")
     prefill, decode = settings.prefill, settings.decode
-    ranges = [range(port, port + count) for port, count in ((prefill.port, prefill.count), (decode.port, decode.count))]
+    ranges = [
+        range(section.port, section.port + max(section.count, 0 if scaled is None else scaled.max))
+        for section, scaled in ((prefill, cluster.autoscale.prefill), (decode, cluster.autoscale.decode))
+    ]
     if prefill.port and decode.port and set(ranges[0]) & set(ranges[1]):
         found.append("prefill.port and decode.port: their ranges of ports overlap")
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -148,6 +148,17 @@ class Settings(BaseSettings):
     cluster: ClusterSettings = ClusterSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
+
+    @field_validator("cluster")
+    @classmethod
+    def _scalable(cls, cluster: ClusterSettings, info: ValidationInfo) -> ClusterSettings:
+        prefill = info.data.get("prefill")  # None: it is wrong itself
+        if cluster.autoscale.prefill is not None and prefill is not None and prefill.count == 0:
+            raise ValueError(
+                "autoscale.prefill has nothing to scale where prefill.count is 0, since decode workers prefill then: "
+                "set prefill.count to 1 or more, or leave autoscale.prefill out"
+            )
+        return cluster
 
     @classmethod
     def load(cls, path: Path | None = None, **overrides: Any) -> Settings:

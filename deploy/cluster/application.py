@@ -18,6 +18,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "token" if (Path.home() / ".ray" / "auth_
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from kvferry.deploy.cluster.autoscaler import RoleScaling
 from kvferry.deploy.cluster.controller import CONTROLLER, Controller, MemberState
 from kvferry.deploy.settings import Settings
 
@@ -75,6 +76,12 @@ def members(name: str) -> list[MemberState]:
     """What the deployment's processes are. Raises NotRunning."""
     states: list[MemberState] = ray.get(_controller(name).members.remote(), timeout=CALL_TIMEOUT_S)
     return states
+
+
+def scaling(name: str) -> list[RoleScaling]:
+    """How many workers each role is to have, and why. Raises NotRunning."""
+    roles: list[RoleScaling] = ray.get(_controller(name).scaling.remote(), timeout=CALL_TIMEOUT_S)
+    return roles
 
 
 def scale(name: str, role: str, count: int) -> None:

@@ -145,7 +145,10 @@ def scale_command(
     prefill: Annotated[int | None, typer.Option(min=0, help="Prefill workers from now on.")] = None,
     decode: Annotated[int | None, typer.Option(min=1, help="Decode workers from now on.")] = None,
 ) -> None:
-    """Change how many workers a running cluster has. Those with the highest numbers leave."""
+    """Change how many workers a running cluster has. Those with the highest numbers leave.
+
+    Where cluster.autoscale has the role, the number is the least that it has from now on.
+    """
     counts = {role: count for role, count in (("prefill", prefill), ("decode", decode)) if count is not None}
     if not counts:
         fail("say how many workers: --prefill N, --decode N")
@@ -204,16 +207,18 @@ def _status_here(name: str, ray_address: str) -> dict[str, Any]:
 
     try:
         with application.connected(ray_address):
-            states = application.members(name)
+            states, scaling = application.members(name), application.scaling(name)
     except (ConnectionError, RuntimeError) as error:
         fail(str(error))
-    return as_json(name, asyncio.run(gather(states)))
+    return as_json(name, asyncio.run(gather(states)), scaling)
 
 
 def _print_status(status: dict[str, Any]) -> None:
+    from kvferry.deploy.cluster.autoscaler import RoleScaling
     from kvferry.deploy.cluster.status import ProcessStatus, print_table
 
-    print_table(status["name"], [ProcessStatus(**process) for process in status["processes"]])
+    processes = [ProcessStatus(**process) for process in status["processes"]]
+    print_table(status["name"], processes, [RoleScaling(**role) for role in status["scaling"]])
 
 
 def _description(path: Path) -> ClusterDescription:

@@ -15,8 +15,10 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from kvferry.deploy.cluster.autoscaler import ROLES, Autoscaler, KnownWorker, RoleScaling, WorkerRole
 from kvferry.deploy.cluster.members import DirectoryActor, GatewayActor, Started, StoreActor, WorkerActor
 from kvferry.deploy.cluster.plan import Machine, Member, choose_machine, wanted_members
+from kvferry.deploy.cluster.worker_stats import WorkerStatsPoller
 from kvferry.deploy.settings import Settings
 from kvferry.kvstore.process_logs import configure_logs
 
@@ -85,13 +87,19 @@ class Controller:
             "gateway": settings.gateway.count,
         }
         self._counts |= _counts_of_running(settings.cluster.name)
+        self._autoscaler = Autoscaler(settings, self._counts, now=time.monotonic())
+        self._counts |= self._autoscaler.counts()
+        self._stats = WorkerStatsPoller()
         self._processes: dict[str, _Process] = {}
+        self._leaving: set[str] = set()
         self._problem = ""
         self._born = time.monotonic()
         self._enough_machines = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._thread.start()
+        if self._autoscaler.roles:
+            self._stats.start()
 
     def members(self) -> list[MemberState]:
         processes = self._processes
@@ -114,18 +122,41 @@ class Controller:
                 )
         return states
 
-    def scale(self, role: Literal["prefill", "decode"], count: int) -> None:
-        """From now on so many workers of this role; those with the highest numbers leave."""
+    def scaling(self) -> list[RoleScaling]:
+        """Of each role that has workers: how many are wanted and how many are up, and why."""
+        states = self.members()
+        now = time.monotonic()
+        return [
+            self._autoscaler.describe(
+                role,
+                now,
+                count=self._counts[role],
+                running=sum(state.role == role and state.state == "up" for state in states),
+            )
+            for role in ROLES
+            if self._counts[role]
+        ]
+
+    def scale(self, role: WorkerRole, count: int) -> None:
+        """From now on so many workers of this role, or at least so many where it is scaled by load.
+
+        Those with the highest numbers leave. Raises ValueError.
+        """
         if role not in ("prefill", "decode") or not (0 if role == "prefill" else 1) <= count <= 64:
             raise ValueError(f"{count} workers of role {role!r}: decode takes 1 to 64, prefill 0 to 64")
         if role == "prefill" and (count == 0) != (self._settings.prefill.count == 0):
             raise ValueError("prefill workers cannot be taken away or added where decode workers have both roles")
-        self._counts[role] = count
+        if role in self._autoscaler.roles:
+            self._autoscaler.set_floor(role, count)  # the next step takes it up
+        else:
+            self._counts[role] = count
 
     def stop(self) -> None:
         """Ends every process, gateways first. Bounded by `STOP_TIMEOUT_S` for each role."""
         self._stopping.set()
         self._thread.join(STOP_TIMEOUT_S)
+        if self._autoscaler.roles:
+            self._stats.stop()
         for role in ("gateway", "decode", "prefill", "store", "directory"):
             _end([p for p in self._processes.values() if p.member.role == role], STOP_DRAIN_S)
         self._processes = {}
@@ -138,15 +169,20 @@ class Controller:
                 logger.exception("a step failed")
 
     def _step(self) -> None:
+        if self._autoscaler.roles:
+            self._autoscale()
         machines = {machine.id: machine for machine in sorted(_machines(), key=lambda m: m.id != self._head)}
         wanted = {m.name: m for m in self._wanted(has_gpus=any(m.resources.get("GPU") for m in machines.values()))}
         leaving = [self._processes.pop(name) for name in list(self._processes) if name not in wanted]
         if leaving:  # they may take a while
-            threading.Thread(target=_end, args=(leaving, LEAVE_DRAIN_S), daemon=True).start()
+            self._leaving |= {process.member.name for process in leaving}
+            threading.Thread(target=self._let_leave, args=(leaving,), daemon=True).start()
         for process in list(self._processes.values()):
             self._poll(process, machines)
         for member in wanted.values():
-            if member.name not in self._processes and not self._adopt(member, machines) and self._may_place(machines):
+            if member.name in self._processes or member.name in self._leaving:
+                continue  # one that is wanted again keeps its name until it has left
+            if not self._adopt(member, machines) and self._may_place(machines):
                 self._place(member, machines)
         known = self._processes.get("directory")
         own = "" if known is None or known.started is None else known.started.address
@@ -154,6 +190,28 @@ class Controller:
         for process in self._processes.values():
             if directory or process.member.role == "directory":
                 self._ask(process, directory)
+
+    def _autoscale(self) -> None:
+        """Sets the counts of the roles that are scaled by load, from what their workers said last."""
+        workers: dict[WorkerRole, list[KnownWorker]] = {}
+        addresses: dict[str, str] = {}
+        for role in self._autoscaler.roles:
+            processes = [self._processes.get(f"{role}-{i}") for i in range(self._counts[role])]
+            workers[role] = [
+                KnownWorker(name=f"{role}-{i}", has_started=process is not None and process.num_starts > 0)
+                for i, process in enumerate(processes)
+            ]
+            for process in processes:
+                if process is not None and process.state == "up" and process.started is not None:
+                    addresses[process.member.name] = process.started.address
+        self._stats.follow(addresses)
+        self._counts |= self._autoscaler.step(time.monotonic(), workers, self._stats.latest())
+
+    def _let_leave(self, processes: list[_Process]) -> None:
+        try:
+            _end(processes, LEAVE_DRAIN_S)
+        finally:
+            self._leaving -= {process.member.name for process in processes}
 
     def _wanted(self, *, has_gpus: bool) -> list[Member]:
         prefill, decode = self._settings.prefill, self._settings.decode

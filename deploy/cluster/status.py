@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
+from kvferry.deploy.cluster.autoscaler import RoleScaling
 from kvferry.deploy.cluster.controller import MemberState
 from kvferry.proto import kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 
@@ -47,11 +48,16 @@ async def gather(states: Sequence[MemberState]) -> list[ProcessStatus]:
     return list(await asyncio.gather(*(_ask(state) for state in states)))
 
 
-def as_json(name: str, processes: Sequence[ProcessStatus]) -> dict[str, Any]:
-    return {"name": name, "well": all(p.is_well for p in processes), "processes": [asdict(p) for p in processes]}
+def as_json(name: str, processes: Sequence[ProcessStatus], scaling: Sequence[RoleScaling]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "well": all(p.is_well for p in processes),
+        "processes": [asdict(p) for p in processes],
+        "scaling": [asdict(role) for role in scaling],
+    }
 
 
-def print_table(name: str, processes: Sequence[ProcessStatus]) -> None:
+def print_table(name: str, processes: Sequence[ProcessStatus], scaling: Sequence[RoleScaling]) -> None:
     table = Table(title=f"deployment {name}", title_justify="left")
     for column in ("process", "machine", "address", "pid", "starts", "health", "what it does", "version"):
         table.add_column(column, overflow="fold")
@@ -64,6 +70,17 @@ def print_table(name: str, processes: Sequence[ProcessStatus]) -> None:
     if not console.is_terminal:
         console = Console(width=180)
     console.print(table)
+    for role in scaling:
+        console.print(scaling_line(role), markup=False, highlight=False, soft_wrap=True)
+
+
+def scaling_line(role: RoleScaling) -> str:
+    """How many workers a role has and is to have, and why."""
+    line = f"{role.role}: {role.running} of {role.wanted} wanted workers up"
+    if not role.is_automatic:
+        return f"{line}; the number is fixed"
+    line += f"; {role.min} to {role.max} by load. Last: {role.decision}, {role.decided_s_ago:.0f} s ago."
+    return f"{line} Now: {role.sees}" if role.sees else line
 
 
 def _sentence(p: ProcessStatus) -> str:
