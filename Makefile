@@ -10,8 +10,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 STUBS := src/kvferry/proto
 PROTOS := directory gateway inference kvstore worker
 
-# Test files that run at the same time.
-JOBS ?= 2
+# Test files that run at the same time: more than there are cores, because many wait for processes and timeouts.
+JOBS ?= 3
 
 # Random examples of the kernels' formats; the other deep tests only ask whether it is set.
 DEEP ?= 1000
@@ -25,7 +25,7 @@ demo: $(VENV)/.demo  ## install what the demo needs and run it
 	$(BIN)/kvferry demo
 
 test: $(VENV)/.dev  ## install what the tests need and run them
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-deep: $(VENV)/.dev  ## the tests that take more cases when asked: kills, faults, damage, random formats
 	KVFERRY_DEEP=$(DEEP) $(BIN)/python -m pytest tests/faults tests/kvstore/test_disk_backend.py \

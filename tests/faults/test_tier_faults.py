@@ -34,7 +34,7 @@ from support.store_requests import (
 
 from kvferry.kvstore.node_answers import NodeStats
 
-MEMORY = ("--memory", "25kB")  # two records
+MEMORY = ("--memory", "25kB", "--bulk-port", "off")  # two records; all that clients get crosses the relay
 
 
 async def stats_of(node: NodeProcess) -> NodeStats:

@@ -69,7 +69,7 @@ def test_broken_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 def test_library_of_other_sources(native: NativeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     class Longer(ctypes.Structure):
-        _fields_ = (("first", module._ChunkArgs), ("more", ctypes.c_int64))
+        _fields_ = (("first", ChunkArgs), ("more", ctypes.c_int64))
 
     monkeypatch.setitem(module._ARGS, "chunk", Longer)
     with pytest.raises(NativeUnavailable, match="other sources"):

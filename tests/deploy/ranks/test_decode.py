@@ -76,7 +76,7 @@ async def test_blocks_without_sinks(group: Group, serve_workers: Any, make_store
 async def test_groups_of_different_sizes_share_no_block(
     group: Group, serve_workers: Any, make_store: Any, make_prompt: Any
 ) -> None:
-    store, token_ids = await make_store(), make_prompt(4 * BLOCK_SIZE + 3)
+    store, token_ids = await make_store(), make_prompt(4 * BLOCK_SIZE + 3, seed=4)  # nobody else's
     for size in (1, 2):
         workers = await serve_workers(group(size), store.address, decode_runtime=group(1))
         assert (await workers.generate(token_ids)).num_cached_tokens == 0
