@@ -11,6 +11,7 @@ import torch
 
 from kvferry.kernels.cpu import NativeKernels, NativeUnavailable, load
 from kvferry.kernels.cpu import native as module
+from kvferry.kernels.cpu.structs import ChunkArgs
 from kvferry.kernels.dispatch import select_kernels
 
 
