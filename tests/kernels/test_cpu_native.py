@@ -11,7 +11,7 @@ import torch
 
 from kvferry.kernels.cpu import NativeKernels, NativeUnavailable, load
 from kvferry.kernels.cpu import native as module
-from kvferry.kernels.cpu.structs import ChunkArgs
+from kvferry.kernels.cpu.structs import ARGUMENTS, ChunkArgs
 from kvferry.kernels.dispatch import select_kernels
 
 
@@ -72,7 +72,7 @@ def test_library_of_other_sources(native: NativeKernels, monkeypatch: pytest.Mon
     class Longer(ctypes.Structure):
         _fields_ = (("first", ChunkArgs), ("more", ctypes.c_int64))
 
-    monkeypatch.setitem(module._ARGS, "chunk", Longer)
+    monkeypatch.setitem(ARGUMENTS, "chunk", Longer)
     with pytest.raises(NativeUnavailable, match="other sources"):
         load()
 
