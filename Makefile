@@ -10,8 +10,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 STUBS := src/kvferry/proto
 PROTOS := directory gateway inference kvstore worker
 
-# Test files that run at the same time: more than there are cores, because many wait for processes and timeouts.
-JOBS ?= 3
+# Test files that run at the same time.
+JOBS ?= 2
 
 # Random examples of the kernels' formats; the other deep tests only ask whether it is set.
 DEEP ?= 1000
@@ -29,7 +29,7 @@ test: $(VENV)/.dev  ## install what the tests need and run them
 
 test-deep: $(VENV)/.dev  ## the tests that take more cases when asked: kills, faults, damage, random formats
 	KVFERRY_DEEP=$(DEEP) $(BIN)/python -m pytest tests/faults tests/kvstore/test_disk_backend.py \
-	  tests/kernels/test_cpu_random.py
+	  tests/kernels/test_cpu_random.py tests/deploy/ranks
 
 test-cluster: $(VENV)/.dev  ## kvferry up on three machines made of namespaces, used from a fourth; needs root
 	$(BIN)/python tests/cluster/run.py

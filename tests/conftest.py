@@ -184,10 +184,11 @@ async def _serve_workers(
     decode_config: DecodeConfig | None = None,
     store_cache_bytes: int | None = None,
     decode_runtime: ModelRuntime | None = None,
+    prefill_config: PrefillConfig | None = None,
 ) -> AsyncIterator[Workers]:
     prefill = WorkerServer(
         runtime,
-        config=PrefillConfig(fetch="always"),
+        config=prefill_config or PrefillConfig(fetch="always"),
         store_address=store_address,
         store_cache_bytes=store_cache_bytes,
     )
@@ -216,9 +217,10 @@ async def serve_workers() -> AsyncIterator[Callable[..., Any]]:
             decode_config: DecodeConfig | None = None,
             store_cache_bytes: int | None = None,
             decode_runtime: ModelRuntime | None = None,
+            prefill_config: PrefillConfig | None = None,
         ) -> Workers:
             return await stack.enter_async_context(
-                _serve_workers(runtime, store_address, decode_config, store_cache_bytes, decode_runtime)
+                _serve_workers(runtime, store_address, decode_config, store_cache_bytes, decode_runtime, prefill_config)
             )
 
         yield start
