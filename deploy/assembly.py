@@ -36,6 +36,7 @@ def prefill_config(settings: Settings, *, host: str = "127.0.0.1", port: int = 0
         metrics=settings.metrics.place(port),
         max_requests=settings.prefill.max_requests,
         fetch=settings.prefill.fetch,
+        lookup_timeout_s=settings.store.lookup_timeout,
     )
 
 

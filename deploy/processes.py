@@ -66,7 +66,7 @@ class WorkerProcess:
         store = self._settings.store
         if store.nodes:
             return store.ring_config(store.nodes)
-        return RingConfig(nodes=(), min_nodes=0, replication=store.replication)
+        return store.ring_config((), min_nodes=0)
 
     def use_lease(self, lease: Lease) -> None:
         self._lease = lease

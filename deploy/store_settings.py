@@ -111,6 +111,8 @@ class StoreSettings(Section):
     """host:port of nodes that run elsewhere: then none is started here."""
     replication: int = Field(1, ge=1, le=MAX_REPLICATION)
     """Nodes that get a copy of each record."""
+    lookup_timeout: float = Field(0.2, gt=0, le=60)
+    """Seconds that a look-up may take: what a lost store may add to a request's TTFT."""
     worker_cache: BytesOrOff = None
     """What each worker keeps of the records that it read; None, written as `off`: nothing."""
     memory: BytesOrOff = 2**30
@@ -147,9 +149,14 @@ class StoreSettings(Section):
             raise ValueError(f"replication is {self.replication}, more than there are nodes ({num_nodes})")
         return self
 
-    def ring_config(self, addresses: Sequence[str]) -> RingConfig:
+    def ring_config(self, addresses: Sequence[str], *, min_nodes: int = 1) -> RingConfig:
         """The ring of these nodes: those that were started here, or `nodes`."""
-        return RingConfig(nodes=tuple(addresses), replication=self.replication)
+        return RingConfig(
+            nodes=tuple(addresses),
+            min_nodes=min_nodes,
+            replication=self.replication,
+            lookup_timeout_s=self.lookup_timeout,
+        )
 
     def node_config(self, index: int = 0) -> NodeConfig:
         """Where one of the nodes listens."""

@@ -31,24 +31,23 @@ from kvferry.kvstore.ring_stats import sum_of_stats
 T = TypeVar("T")
 
 
-def _plain_client(address: str) -> StoreClient:
-    return StoreClient(ClientConfig(address=address))
-
-
 class StoreRing:
     """A `Store` of several nodes. Make it on the event loop that uses it; close it there."""
 
-    def __init__(self, config: RingConfig, *, make_client: Callable[[str], StoreClient] = _plain_client) -> None:
+    def __init__(self, config: RingConfig, *, make_client: Callable[[str], StoreClient] | None = None) -> None:
         """`make_client` makes the client of a node, given host:port; the ring owns and closes it."""
         self.counters = RingCounters()
         self.config = config
         self.leases = RingLeases()
-        self._make_client = make_client
+        self._make_client = make_client or self._plain_client
         self._members: dict[str, RingMember] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # Workers prefer different copies of a record, so that a popular prefix loads all nodes that have it.
         self._taste = secrets.token_hex(8)
         self.set_nodes(config.nodes)
+
+    def _plain_client(self, address: str) -> StoreClient:
+        return StoreClient(ClientConfig(address=address, lookup_timeout_s=self.config.lookup_timeout_s))
 
     @property
     def nodes(self) -> tuple[str, ...]:

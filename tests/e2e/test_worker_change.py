@@ -100,7 +100,8 @@ async def test_a_draining_worker_takes_nothing_new(role: str, workers: Any, make
     assert tokens + await read(running) == whole
     async with asyncio.timeout(LIMIT_S):
         assert await draining
-    assert server.stats().calls.num_refused == 1
+    # A prefill worker refuses the finished answer that decode asks it to publish, too.
+    assert server.stats().calls.num_refused in ((1, 2) if role == "prefill" else (1,))
     assert server.stats().calls.num_fenced == 0
     await Inside.of(workers).assert_all_free()
 

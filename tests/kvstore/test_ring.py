@@ -174,7 +174,8 @@ async def test_a_miss_on_one_copy_is_found_on_the_other(
             await node.backend.delete(keys)
         assert (await ring.of_chain(chain).lookup(chain)).num_contiguous == len(chain)
         assert await read(ring, chain, namespace) == chain
-        assert ring.counters.failovers >= 2
+        # Blocks 33 and 40 are of one run: whichever node is asked for it first lacks one of them.
+        assert ring.counters.failovers >= 1
         await nodes[0].backend.delete([chain[40]])
         assert (await ring.of_chain(chain).lookup(chain)).num_contiguous == 40
         got: list[bytes] = []

@@ -32,8 +32,8 @@ def main(model: str) -> None:
         preset="kv16",
         block_size=32,
         gateway={"port": 0},
-        store={"port": 0, "count": 2, "memory": 64 << 20},
-        prefill={"port": 0},
+        store={"port": 0, "count": 2, "memory": 64 << 20, "lookup_timeout": 10.0},
+        prefill={"port": 0, "fetch": "always"},
         decode={"port": 0, "kv_memory": 16 << 20, "prefix_caching": False},
     )
     answers = []
