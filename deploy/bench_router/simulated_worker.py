@@ -64,6 +64,7 @@ class SimulatedPrefill:
         self._computing: list[tuple[float, Sequence[bytes]]] = []  # (ready at, blocks)
         self.busy_until = 0.0
         self.work_s = 0.0
+        self._reported_s = 0.0
         self.num_requests = 0
         self.tokens = {"own": 0, "store": 0, "computed": 0}
 
@@ -97,6 +98,8 @@ class SimulatedPrefill:
     def stats(self, now: float) -> worker_pb2.WorkerStats:
         self._settle(now)
         speeds = self._speeds.prefill
+        # Of what was given, what is computed by now; never less than was reported before.
+        self._reported_s = max(self._reported_s, self.work_s - max(self.busy_until - now, 0.0))
         return worker_pb2.WorkerStats(
             prefill=worker_pb2.PrefillStats(
                 num_computing=len(self._computing),
@@ -108,6 +111,7 @@ class SimulatedPrefill:
                 fetch_bytes_per_second=speeds.fetch_bytes_per_s,
                 uses_store=True,
                 cache_blocks=self._speeds.cache_blocks,
+                compute_seconds=self._reported_s,
             )
         )
 

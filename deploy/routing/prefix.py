@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from kvferry.deploy.routing.candidates import Candidates, Group
@@ -27,6 +27,7 @@ from kvferry.deploy.routing.cost import (
 from kvferry.deploy.routing.index import STORE, Holdings, PrefixIndex
 from kvferry.deploy.routing.placed import Placed, RunningPrompts
 from kvferry.deploy.routing.recent import RecentWork
+from kvferry.deploy.routing.reported_work import ReportedWork
 from kvferry.deploy.routing.router import Route, RoutedRequest
 from kvferry.deploy.routing.worker_state import WorkerState
 from kvferry.kvstore.identity import namespace_of
@@ -68,6 +69,8 @@ class PrefixRouter:
         self._random = random.Random(seed)
         self._running = RunningPrompts()
         self._prefill_work = RecentWork()
+        self._sent_work = RecentWork()  # this gateway's part of it
+        self._reported_work = ReportedWork(self._prefill_work)
         self._decode_work = RecentWork()
         self._members: object = None
         self._addresses: set[str] = set()
@@ -77,6 +80,8 @@ class PrefixRouter:
         now = self._clock()
         if candidates.everyone is not self._members:
             self._learn_members(candidates.everyone, now)
+        members = _prefilling(candidates.everyone.groups)
+        self._reported_work.read(members, now)
         choices = [self._pick_of(group, request, now) for group in candidates.groups]
         return min(choices, key=lambda choice: choice[0])[1]
 
@@ -98,6 +103,8 @@ class PrefixRouter:
         costs = [self._prefill_cost(worker, prompt, keys, held, speeds, now) for worker in prefills]
         mean_s = self._prefill_work.mean(now)
         recent_s = self._prefill_work.of((worker.address for worker in prefills), now)
+        # Equals are told apart by this gateway's own work: by everyone's, all gateways would choose the same worker.
+        sent_s = self._sent_work.of((worker.address for worker in prefills), now)
         totals = [
             cost.total_s
             + balance_cost(
@@ -118,10 +125,10 @@ class PrefixRouter:
         ]
         if alone:
             totals = [a + b for a, b in zip(totals, decode_totals, strict=True)]
-            chosen = self._cheapest(totals, recent_s)
+            chosen = self._cheapest(totals, sent_s)
             decode, total = prefills[chosen], totals[chosen]
         else:
-            chosen = self._cheapest(totals, recent_s)
+            chosen = self._cheapest(totals, sent_s)
             of_decodes = self._cheapest(decode_totals, answers_s)
             decode, total = decodes[of_decodes], totals[chosen] + decode_totals[of_decodes]
         placed = Placed(
@@ -197,9 +204,10 @@ class PrefixRouter:
     def _learn_members(self, everyone: Candidates[W], now: float) -> None:
         self._members = everyone
         decodes = {w.address for group in everyone.groups for w in group.decodes}
-        prefills = {w.address for group in everyone.groups for w in group.prefills or group.decodes}
+        prefills = {w.address for w in _prefilling(everyone.groups)}
         self._decode_work.set_members(sorted(decodes), now)
         self._prefill_work.set_members(sorted(prefills), now)
+        self._sent_work.set_members(sorted(prefills), now)
         for address in self._addresses - decodes - prefills:
             self.index.forget_place(f"prefill {address}", now)
             self.index.forget_place(f"decode {address}", now)
@@ -213,7 +221,8 @@ class PrefixRouter:
             return  # it waits for everything else, and nothing waits for it
         placed.ticket = placed.prefill.load.sent(now, placed.cost.work_s)
         placed.decode.load.sent_blocks(now, placed.pool_blocks)
-        self._prefill_work.add(placed.prefill.address, now, placed.cost.work_s)
+        for work in (self._prefill_work, self._sent_work):
+            work.add(placed.prefill.address, now, placed.cost.work_s)
         self._decode_work.add(placed.decode.address, now, placed.answer_s)
 
     def prefilled(self, placed: Placed, *, ok: bool) -> None:
@@ -222,6 +231,7 @@ class PrefixRouter:
         self._running.remove(placed)
         if placed.decode is not None:
             placed.prefill.load.answered(placed.ticket)
+            self._reported_work.done(placed.prefill.address, placed.cost.work_s)
         if not ok or not placed.keys:
             return
         stats = placed.prefill.load.prefill
@@ -233,6 +243,10 @@ class PrefixRouter:
         if stats.cache_blocks and placed.prefill.address in self._addresses:
             kept = placed.keys[: stats.cache_blocks]
             self.index.record(kept, [self.index.slot(f"prefill {placed.prefill.address}", now)], now)
+
+
+def _prefilling(groups: Iterable[Group[W]]) -> Iterator[W]:
+    return (w for group in groups for w in group.prefills or group.decodes)
 
 
 def chain_of(info: worker_pb2.WorkerInfo, request: RoutedRequest) -> list[bytes]:

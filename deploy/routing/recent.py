@@ -1,4 +1,4 @@
-"""How much work each worker was given lately, by one gateway, and the mean of it."""
+"""How much work each worker was given lately, as one gateway knows it, and the mean of it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class RecentWork:
         self._total = sum(self._sums.values())
 
     def add(self, name: str, now: float, seconds: float) -> None:
-        """Work for a member; others are not counted."""
+        """Work for a member; others are not counted. Less than 0: what was counted before was too much."""
         if name not in self._sums:
             return
-        grown = seconds / self._decay(now)
+        grown = max(seconds / self._decay(now), -self._sums[name])
         self._sums[name] += grown
         self._total += grown
         if now - self._scale_at > HALF_LIFE_S:
