@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kvferry.deploy.cli", "bench", "chooser", *arguments]
@@ -16,6 +18,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
 
 
+@pytest.mark.deep
 def test_every_case_is_measured(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     sizes = ("--preset", "kv16", "--block-size", "32", "--blocks", "1", "--blocks", "2", "--rounds", "2")

@@ -51,6 +51,7 @@ def children_of(pid: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
+@pytest.mark.deep
 @needs_root
 def test_a_short_run(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
     out = tmp_path / "out.json"

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from kvferry.deploy.routing.policies import POLICIES
 
 
@@ -18,6 +20,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
 
 
+@pytest.mark.deep
 def test_every_policy_is_measured(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     sizes = ("--documents", "2", "--requests", "6", "--document-len", "256", "--question-len", "8", "--rounds", "1")

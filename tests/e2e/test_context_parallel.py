@@ -18,6 +18,7 @@ TEXT = "Decode workers keep a block pool. A block holds the keys and values of i
 BLOCKS_OF_A_RANK = 6
 
 
+@pytest.mark.deep
 async def test_a_prompt_that_one_rank_cannot_hold(serve_workers: Any) -> None:
     """Gateway, a prefill worker of one rank, and decode workers of one rank with all the memory, of two ranks with a
     share each, and of one rank with such a share, which refuses."""

@@ -60,7 +60,12 @@ def logprobs(answer: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("size", "family"), [(2, "llama"), (3, "llama"), (2, "mistral"), (2, "gemma2"), (2, "gemma3_text"), (2, "qwen3")]
+    ("size", "family"),
+    [
+        (3, "llama"),
+        (2, "gemma3_text"),
+        *(pytest.param(2, family, marks=pytest.mark.deep) for family in ("llama", "mistral", "gemma2", "qwen3")),
+    ],
 )
 async def test_the_tokens_are_those_of_one_rank(serve: Start, make_prompt: Any, size: int, family: str) -> None:
     """Contexts without a block, of one and of many, which grow over several blocks; windows and a soft cap."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,7 @@ MAX_TOKENS = 40
 
 PATIENT = PrefillConfig(fetch="always", lookup_timeout_s=10.0)
 """So many processes on few cores may take longer than the default for a look-up."""
-SIZES = [(2, 1), (1, 2), (2, 4), *([(2, 8)] if "KVFERRY_DEEP" in os.environ else [])]
+SIZES = [(2, 1), (1, 2), *(pytest.param(*sizes, marks=pytest.mark.deep) for sizes in ((2, 4), (2, 8)))]
 
 Group = Callable[..., ModelRuntime]
 

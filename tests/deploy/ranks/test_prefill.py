@@ -19,7 +19,10 @@ from kvferry.prefill.job import PrefillJob
 from kvferry.prefill.prompt_blocks import PromptBlocks
 
 LIMIT_S = 120.0
-GROUPS = [("llama", 2), ("llama", 8), ("qwen2", 4), ("qwen3", 2)]
+GROUPS = [
+    ("llama", 2),
+    *(pytest.param(*group, marks=pytest.mark.deep) for group in (("llama", 8), ("qwen2", 4), ("qwen3", 2))),
+]
 TOLERANCE = 2e-3
 """Largest difference of a logit from one rank's, as a share of the largest logit: fp32 sums in another order, with K
 and V rounded to fp16 on the way."""
