@@ -75,7 +75,7 @@ def client_error(error: grpc.RpcError, address: str) -> ClientError:
 
 def connection_broke(error: grpc.RpcError) -> bool:
     """A gateway had the request, and the connection to it was lost: it went away, or only seemed to."""
-    initial: Any = error.initial_metadata() or ()
-    trailing: Any = error.trailing_metadata() or ()
-    lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-    return lost and ACCEPTED_KEY in dict(initial) and ERROR_KEY not in dict(trailing)
+    call: Any = error  # which it is, in both of gRPC's libraries
+    initial, trailing = dict(call.initial_metadata() or ()), dict(call.trailing_metadata() or ())
+    lost = call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    return lost and ACCEPTED_KEY in initial and ERROR_KEY not in trailing

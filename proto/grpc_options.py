@@ -5,8 +5,8 @@ pings of its clients, else it ends the connection with `too_many_pings`; so ever
 
 `keepalive_timeout_ms` alone does nothing (grpcio 1.85: a peer that is stopped was not noticed in 12 s; see
 https://github.com/grpc/grpc/pull/39239): the answer to a ping is awaited for `ping_timeout_ms`, 60 s by default. With
-both set the same peer is given up, also while other calls on the channel keep writing: by then a silent connection has been
-asked 1 s after the last byte at the latest (gRPC 1.85 takes no shorter time), and its answer is not there.
+both set the same peer is given up, also while other calls on the channel keep writing: a silent connection is asked 1 s
+after the last byte (gRPC 1.85 takes no shorter time), a busy one earlier.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class DirectoryActor(MemberActor):
     """The list of who takes part."""
 
     def _make(self, directory: str) -> ClusterMember:
-        config = DirectoryConfig(host=bind_host(self._settings), port=self._settings.cluster.directory_port)
+        port = self._settings.cluster.directory_port
+        config = DirectoryConfig(host=bind_host(self._settings), port=port, metrics=self._settings.metrics.place(port))
         return ClusterMember(DirectoryServer(config), directory=None, roles=())
 
 

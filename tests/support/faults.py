@@ -91,7 +91,7 @@ async def noticed_by(deployment: Deployment, proc: Proc, before: dict[str, int])
         given_up = await asyncio.gather(*(deployment.given_up_stores(p) for p in deployment.of_kind(*WORKERS)))
         if proc.address in set().union(*given_up):
             return "a worker"
-    return "" if proc.address in await deployment.members() else "the directory"
+    return "" if await deployment.is_member(proc) else "the directory"
 
 
 async def inject(deployment: Deployment, proc: Proc, number: int, load: Load) -> Injection:
