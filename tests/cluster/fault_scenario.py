@@ -12,38 +12,22 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
-import yaml
 from hosts import HostDeployment, HostProc
 from lab import Host
 from scenario import UP_TIMEOUT_S, Scenario, StepFailed, check
 from support.cluster_load import Load
 from support.deployment import WORKERS
 from support.faults import assert_nothing_is_left, inject, report, shuffled_plan
-from support.tiny_models import random_prompt, write_tiny_model
+from tiny_settings import PROMPTS
 
 NUM_ROUNDS = 9
 """Of five kinds: 45 injections."""
-NUM_PROMPTS = 10
-PROMPT_TOKENS = 700
 MIN_REQUESTS = 100
 ROLLING_REQUESTS = 200
 ROLLING_TIMEOUT_S = 1500.0
 CONTROLLER_STOPPED_S = 10.0
 MOVE_TIMEOUT_S = 240.0
-
-
-def write_tiny_settings(home: Path, model: Path) -> None:
-    """`kvferry.yaml`: the shipped one with a tiny model, and two of each kind that requests need."""
-    write_tiny_model("llama", model)
-    settings = yaml.safe_load((home / "kvferry.yaml").read_text())
-    settings |= {"model": str(model), "dtype": "float32", "preset": "kv16", "block_size": 32, "threads": 1}
-    settings["store"]["memory"] = "64MiB"
-    settings["prefill"] = {"count": 2, "fetch": "always"}
-    settings["decode"] = {"count": 2, "kv_memory": "32MiB", "prefix_caching": False}
-    settings["gateway"] = {"count": 2}
-    (home / "kvferry.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
 class FaultScenario(Scenario):
@@ -53,13 +37,12 @@ class FaultScenario(Scenario):
         with self.step("kvferry up: two prefill and two decode workers, two gateways, three store nodes; a tiny model"):
             self.kvferry("up cluster.yaml --config kvferry.yaml", timeout_s=UP_TIMEOUT_S)
         deployment = HostDeployment(lab, self.status())
-        prompts = [random_prompt(PROMPT_TOKENS + 37 * i, seed=i) for i in range(NUM_PROMPTS)]
-        load = Load(deployment.gateways, prompts)
+        load = Load(deployment.gateways, PROMPTS)
         with self.step("what the answers are without faults"):
             asyncio.run(load.learn())
 
         def fresh() -> Load:
-            return Load(deployment.gateways, prompts, oracle=load.oracle)
+            return Load(deployment.gateways, PROMPTS, oracle=load.oracle)
 
         asyncio.run(self._injections(deployment, fresh()))
         asyncio.run(self._controller(deployment, fresh()))

@@ -17,9 +17,12 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for support; this folder is there already
 
-from fault_scenario import FaultScenario, write_tiny_settings
+import autoscale_scenario
+from autoscale_scenario import AutoscaleScenario
+from fault_scenario import FaultScenario
 from lab import KEY, Host, Lab, LabError, why_not
 from scenario import Scenario, StepFailed
+from tiny_settings import write_tiny_settings
 from up_scenario import DOCUMENT_TOKENS, UpScenario
 
 from kvferry.deploy.models import find_model, load_tokenizer
@@ -30,6 +33,7 @@ PARTS = {
     "up": "kvferry up, used and broken as an operator sees it",
     "plain": "plain ray up, and a machine switched off",
     "faults": "kills, stops, a rolling restart and a lost machine while clients ask",
+    "autoscale": "load brings a decode worker, and it leaves again",
     "all": "these, one after the other",
 }
 
@@ -92,18 +96,16 @@ def main() -> None:
 
 
 def run_part(part: str, lab: Lab, log: Path) -> Scenario:
-    if part == "faults":
-        write_tiny_settings(lab.client.root / "root", lab.folder / "model")
-        lab.join_network(lab.client)
-        faults = FaultScenario(lab, log)
-        faults.run()
-        return faults
-    operator = UpScenario(lab, log)
-    if part == "up":
-        operator.run()
-    else:
-        operator.run_plain()
-    return operator
+    if part in ("up", "plain"):
+        operator = UpScenario(lab, log)
+        operator.run() if part == "up" else operator.run_plain()
+        return operator
+    sections = autoscale_scenario.SECTIONS if part == "autoscale" else {}
+    write_tiny_settings(lab.client.root / "root", lab.folder / "model", **sections)
+    lab.join_network(lab.client)  # the clients are there
+    scenario = AutoscaleScenario(lab, log) if part == "autoscale" else FaultScenario(lab, log)
+    scenario.run()
+    return scenario
 
 
 def save_logs(lab: Lab, log: Path) -> None:
