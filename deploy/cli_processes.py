@@ -48,14 +48,18 @@ def directory(
     state: Annotated[
         Path | None, typer.Option(help="File that keeps epochs growing when the wall clock is set back.")
     ] = None,
-    lease: Annotated[float, typer.Option(help="Seconds after which a silent member is taken off.")] = 4.0,
+    lease: Annotated[float, typer.Option(help="Seconds after which a silent member is taken off.")] = 2.8,
+    config: ConfigOption = None,
 ) -> None:
-    """Run the directory, which tells workers, store nodes and gateways of each other."""
+    """Run the directory, which tells workers, store nodes and gateways of each other. Of the configuration it needs the
+    metrics section only."""
+    metrics = _settings(config).metrics
     from kvferry.deploy.cluster_member import ClusterMember, run_until_signal
     from kvferry.deploy.directory_server import DirectoryConfig, DirectoryServer
 
     async def serve() -> None:
-        server = DirectoryServer(DirectoryConfig(host=host, port=port, lease_s=lease, state=state))
+        place = metrics.place(port)
+        server = DirectoryServer(DirectoryConfig(host=host, port=port, lease_s=lease, state=state, metrics=place))
         await run_until_signal(ClusterMember(server, directory=None, roles=()), "directory", drain_timeout_s=0)
 
     _run(serve())
@@ -120,14 +124,23 @@ def store(
 def members(
     directory: DirectoryOption = DEFAULT_DIRECTORY,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    targets: Annotated[
+        bool, typer.Option("--targets", help="Print where each tells its metrics, for Prometheus' file_sd_configs.")
+    ] = False,
+    config: ConfigOption = None,
 ) -> None:
-    """List who is in the directory."""
+    """List who is in the directory. `--config` matters to --targets only: its metrics section."""
     from kvferry.deploy.directory_client import list_members
+    from kvferry.deploy.scrape_targets import scrape_targets
 
     try:
         known = asyncio.run(list_members(directory))
     except (OSError, ValueError) as error:
         fail(str(error))
+    if targets:
+        offset = _settings(config).metrics.port_offset
+        print(json.dumps(scrape_targets(directory, known, port_offset=offset), indent=2))
+        return
     if as_json:
         print(json.dumps({"members": [asdict(member) for member in known.members]}))
         return

@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from kvferry.deploy.error_metadata import ERROR_KEY, RETRY_AFTER_KEY
+from kvferry.deploy.error_metadata import ACCEPTED_KEY, ERROR_KEY, RETRY_AFTER_KEY
 
 
 class ClientError(Exception):
@@ -71,3 +71,11 @@ def client_error(error: grpc.RpcError, address: str) -> ClientError:
             return Cancelled("The call was cancelled.")
         case code:
             return ServerError(f"{details} ({code.name})")
+
+
+def connection_broke(error: grpc.RpcError) -> bool:
+    """A gateway had the request, and the connection to it was lost: it went away, or only seemed to."""
+    call: Any = error  # which it is, in both of gRPC's libraries
+    initial, trailing = dict(call.initial_metadata() or ()), dict(call.trailing_metadata() or ())
+    lost = call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    return lost and ACCEPTED_KEY in initial and ERROR_KEY not in trailing

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from kvferry.deploy.client_errors import ClientError, client_error
+from kvferry.deploy.client_errors import ClientError, client_error, connection_broke
 from kvferry.deploy.client_messages import Chunk, ChunkReader
 from kvferry.deploy.received import TokenDigest
 from kvferry.proto import inference_pb2
@@ -30,7 +30,8 @@ class RetryPolicy:
     max_attempts: int = 32
     """Of one request, the first included; 1: no second."""
     patience_s: float = 20.0
-    """Since the last token, or since the start: then the error is raised. A request's timeout ends it earlier."""
+    """Without a gateway that takes the request, since the connection to the last one broke or since the start: then the
+    error is raised. A request's timeout ends it earlier."""
     longest_pause_s: float = 1.0
 
     def __post_init__(self) -> None:
@@ -91,8 +92,9 @@ class Resumption:
         self._index = gateways.current
         self._num_attempts = 0
         self._num_failed = 0
-        """Since the last chunk."""
-        self._last_chunk = time.monotonic()
+        """Since a gateway last had the request."""
+        self._alone_since = time.monotonic()
+        self._was_accepted = False
         self.is_complete = False
         """The last chunk of all has come."""
 
@@ -125,7 +127,7 @@ class Resumption:
         self._digests[chunk.choice].update(chunk.token_ids)
         self._gateways.current = self._index
         self._num_failed = 0
-        self._last_chunk = time.monotonic()
+        self._alone_since = time.monotonic()
         self.is_complete = chunk.usage is not None
         return chunk
 
@@ -138,14 +140,16 @@ class Resumption:
         addresses = self._gateways.addresses
         final = client_error(error, ", ".join(addresses))
         lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-        alone = len(addresses) == 1 and not self._has_tokens
-        if not lost or alone or self._gateways.closed or self._num_attempts >= self._policy.max_attempts:
+        now = time.monotonic()
+        if connection_broke(error):  # however long it was silent before: a long prompt is
+            self._was_accepted, self._alone_since, self._num_failed = True, now, 0
+        nobody_there = len(addresses) == 1 and not (self._was_accepted or self._has_tokens)
+        if not lost or nobody_there or self._gateways.closed or self._num_attempts >= self._policy.max_attempts:
             raise final from None
         self._index = (self._index + 1) % len(addresses)
         self._num_failed += 1
         pause = self._pause()
-        now = time.monotonic()
-        if now + pause > self._last_chunk + self._policy.patience_s or (self._deadline or now + pause) < now + pause:
+        if now + pause > self._alone_since + self._policy.patience_s or (self._deadline or now + pause) < now + pause:
             raise final from None
         return pause
 

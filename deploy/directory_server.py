@@ -15,10 +15,13 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client.core import Metric
 
 from kvferry.deploy.directory_epochs import EpochCounter
 from kvferry.deploy.directory_ledger import Ledger, Refused
+from kvferry.deploy.directory_metrics import directory_families
 from kvferry.deploy.members import Member
+from kvferry.kvstore.metrics_endpoint import MetricsEndpoint, MetricsPlace
 from kvferry.proto import directory_pb2, directory_pb2_grpc
 from kvferry.proto.grpc_options import server_options
 
@@ -38,13 +41,14 @@ class DirectoryConfig:
     host: str = "127.0.0.1"
     port: int = 0
     """0: any free port."""
-    lease_s: float = 4.0
-    """A member that is silent for longer is taken off."""
+    lease_s: float = 2.8
+    """A member that is silent for longer is taken off: as soon as gateways give up a silent worker."""
     settle_s: float = 5.0
     """So long after a start members may be missing, and keep the epochs that they had."""
     state: Path | None = None
     """File that keeps epochs growing when the wall clock is set back over a restart."""
     max_watchers: int = 4096
+    metrics: MetricsPlace | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -79,6 +83,9 @@ class DirectoryServer:
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._ticking: asyncio.Task[None] | None = None
+        self._endpoint: MetricsEndpoint | None = None
+        self.metrics_port = 0
+        """Where Prometheus asks, once started; 0: nowhere."""
 
     async def start(self) -> str:
         """Binds, serves and returns host:port. Raises OSError when it cannot bind."""
@@ -95,6 +102,9 @@ class DirectoryServer:
                 port = server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        if self._config.metrics is not None:
+            self._endpoint = MetricsEndpoint(self._config.metrics, self._families)
+            self.metrics_port = await self._endpoint.start()
         await server.start()
         self._server = server
         self._ticking = asyncio.create_task(self._tick())
@@ -118,11 +128,16 @@ class DirectoryServer:
         self._servicer.close()
         if self._server is not None:
             await self._server.stop(grace_s)
+        if self._endpoint is not None:
+            await self._endpoint.stop()
 
     @property
     def ledger(self) -> Ledger:
         """Live; do not change it."""
         return self._ledger
+
+    async def _families(self) -> list[Metric]:
+        return list(directory_families(self._ledger, num_watchers=self._servicer.num_watchers))
 
     async def _tick(self) -> None:
         while True:
@@ -140,7 +155,7 @@ class _Directory(directory_pb2_grpc.DirectoryServicer):
         self._config = config
         self._changed = asyncio.Event()
         self._told_version = -1
-        self._num_watchers = 0
+        self.num_watchers = 0
         self._closing = False
 
     def notify(self) -> None:
@@ -183,9 +198,9 @@ class _Directory(directory_pb2_grpc.DirectoryServicer):
         return directory_pb2.LeaveReply()
 
     async def Watch(self, request: directory_pb2.WatchRequest, context: Any) -> AsyncIterator[directory_pb2.WatchReply]:
-        if self._num_watchers >= self._config.max_watchers:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._num_watchers} watch already")
-        self._num_watchers += 1
+        if self.num_watchers >= self._config.max_watchers:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self.num_watchers} watch already")
+        self.num_watchers += 1
         try:
             last: directory_pb2.WatchReply | None = None
             while not self._closing:
@@ -202,7 +217,7 @@ class _Directory(directory_pb2_grpc.DirectoryServicer):
                 except TimeoutError:
                     pass
         finally:
-            self._num_watchers -= 1
+            self.num_watchers -= 1
 
     def _members(self, roles: Sequence[str]) -> directory_pb2.WatchReply:
         members = self._ledger.members.with_roles(roles).members

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from kvferry.deploy.error_metadata import ERROR_KEY, RETRY_AFTER_KEY
+from kvferry.deploy.error_metadata import ACCEPTED_KEY, ERROR_KEY, RETRY_AFTER_KEY
 from kvferry.deploy.errors import (
     DeadlineExceeded,
     MalformedRequest,
@@ -73,6 +73,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-
     def _stream(self, behaviour: Callable[[Any, Any], AsyncIterator[Message]], parse: Any) -> Any:
         async def handle(data: bytes, context: Any) -> None:
             try:
+                await context.send_initial_metadata(((ACCEPTED_KEY, "1"),))
                 async with (
                     asyncio.timeout(self._seconds_left(context)),
                     aclosing(behaviour(_parse(parse, data), context)) as messages,  # type: ignore[type-var]

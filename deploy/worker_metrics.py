@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import Metric
 
 from kvferry.decode.metrics import decode_families
+from kvferry.deploy.ranks.metrics import rank_families
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.client_metrics import store_client_families
 from kvferry.kvstore.metric_families import Described, counter, counters, gauge
@@ -39,8 +40,10 @@ def worker_families(
     prefill: PrefillServicer | None,
     nodes: StoreClient | StoreRing | None,
     store: Store | None,
+    follower_pids: Sequence[int] = (),
 ) -> Iterator[Metric]:
-    """Everything that is read at a scrape. Run it on the worker's event loop."""
+    """Everything that is read at a scrape. Run it on the worker's event loop. `follower_pids`: of the ranks that this
+    process leads."""
     name = info.model_name
     labels = {"model_name": name}
     if prefill is not None:
@@ -63,3 +66,4 @@ def worker_families(
     yield gauge(COMPRESSION, [(labels, 16 / info.effective_bits)])
     about = {**labels, "roles": "+".join(info.roles), "kernels": info.kernels, "device": info.device}
     yield gauge(INFO, [(about, 1)])
+    yield from rank_families(follower_pids, labels)

@@ -312,7 +312,12 @@ class WorkerServer:
 
         async def families() -> list[Metric]:
             told = worker_families(
-                info, self.stats(), prefill=self.prefill_servicer, nodes=self._nodes, store=self._store
+                info,
+                self.stats(),
+                prefill=self.prefill_servicer,
+                nodes=self._nodes,
+                store=self._store,
+                follower_pids=self._runtime.executors.follower_pids,
             )
             return list(told)
 

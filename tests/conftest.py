@@ -13,11 +13,9 @@ import grpc
 import pytest
 import torch
 from support.processes import NodeProcess, RedisProcess
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from support.tiny_models import random_prompt, write_tiny_model
 
 from kvferry.decode.config import DecodeConfig
-from kvferry.deploy.causal_lm import SUPPORTED_FAMILIES
-from kvferry.deploy.models import find_model, load_tokenizer
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kernels.spec import KVQuantSpec
 from kvferry.kvstore.config import NodeConfig
@@ -28,7 +26,6 @@ from kvferry.prefill.config import PrefillConfig
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 
 BLOCK_SIZE = 32
-VOCAB_SIZE = 49152
 PATIENT = PrefillConfig(fetch="always", lookup_timeout_s=5.0)
 """So that what is in the store is found on a busy machine, too."""
 
@@ -45,36 +42,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in set(deep)]
 
 
-def _config(family: str) -> PretrainedConfig:
-    shape: dict[str, Any] = {
-        "hidden_size": 192,
-        "intermediate_size": 192,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.15,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    # Windows end inside a block, so that sinks, packed pages and the tail are all cut by one.
-    if family == "mistral":
-        shape |= {"sliding_window": 75}
-    elif family == "gemma":
-        shape |= {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh"}
-    elif family == "gemma2":
-        shape |= {"sliding_window": 75, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 15.0}
-    elif family == "gemma3_text":
-        shape |= {"sliding_window": 75, "sliding_window_pattern": 2, "query_pre_attn_scalar": 64}
-    if family.startswith("gemma"):
-        # Embeddings are scaled up: tied ones would make the model repeat its last token.
-        shape |= {"tie_word_embeddings": False}
-    return AutoConfig.for_model(family, **shape)
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a tiny model of a family, with random weights (fixed seed) and the demo model's tokenizer."""
@@ -82,15 +49,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def make(family: str) -> Path:
         if family not in made:
-            folder = tmp_path_factory.mktemp(f"tiny-{family}")
-            torch.manual_seed(SUPPORTED_FAMILIES.index(family))
-            model = AutoModelForCausalLM.from_config(_config(family))
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    torch.nn.init.normal_(parameter, std=0.5)
-            model.save_pretrained(folder)
-            load_tokenizer(find_model("demo")).save_pretrained(folder)
-            made[family] = folder
+            made[family] = tmp_path_factory.mktemp(f"tiny-{family}")
+            write_tiny_model(family, made[family])
         return made[family]
 
     return make
@@ -266,15 +226,9 @@ async def make_store() -> AsyncIterator[Callable[..., Any]]:
         await server.stop(0.2)
 
 
-def prompt(length: int, seed: int = 0) -> list[int]:
-    """Token ids that do not repeat in a short period."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, VOCAB_SIZE, (length,), generator=generator).tolist()
-
-
 @pytest.fixture(scope="session")
 def make_prompt() -> Callable[..., list[int]]:
-    return prompt
+    return random_prompt
 
 
 @pytest.fixture

@@ -92,6 +92,14 @@ def scale(name: str, role: str, count: int) -> None:
         raise ValueError(str(error.cause)) from error
 
 
+def restart(name: str, process: str, drain_s: float) -> None:
+    """One process ends when it has drained, and starts anew; returns at once. Raises NotRunning, ValueError."""
+    try:
+        ray.get(_controller(name).restart.remote(process, drain_s), timeout=CALL_TIMEOUT_S)
+    except ray.exceptions.RayTaskError as error:
+        raise ValueError(str(error.cause)) from error
+
+
 def stop(name: str) -> None:
     """Ends every process of the deployment. Raises NotRunning."""
     handle = _controller(name)

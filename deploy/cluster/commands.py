@@ -1,4 +1,4 @@
-"""`kvferry up`, `down`, `status`, `logs`, `run`, `scale`, `stop`: a deployment on the machines of a Ray cluster."""
+"""`kvferry up`, `down`, `status`, `logs`, `run`, `scale`, `restart`, `stop`: a deployment on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from kvferry.deploy.cluster.host_processes import end_ray_processes
 from kvferry.deploy.cluster.shell import Shell, ShellError
 
 HEAD_TIMEOUT_S = 120.0
+RESTART_TIMEOUT_S = 6 * 3600.0
+"""Of a rolling restart, whose every process has its own bound."""
 
 ClusterArgument = Annotated[Path, typer.Argument(help="The cluster's YAML file, as for ray up; see docs/cluster.md.")]
 OptionalCluster = Annotated[
@@ -34,6 +36,7 @@ def add_cluster_commands(app: typer.Typer) -> None:
     app.command("logs")(logs_command)
     app.command("run")(run_command)
     app.command("scale")(scale_command)
+    app.command("restart")(restart_command)
     app.command("stop")(stop_command)
     app.command("end-host", hidden=True)(end_host_command)
 
@@ -167,6 +170,48 @@ def scale_command(
         fail(str(error))
 
 
+def restart_command(
+    cluster: OptionalCluster = None,
+    config: ConfigOption = None,
+    ray_address: RayAddress = "auto",
+    only: Annotated[
+        list[str] | None, typer.Option(help="A role or a process, as kvferry status names it; may be repeated.")
+    ] = None,
+    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that a process's running requests get.")] = 60.0,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds until a process must be back, draining included.")] = 600,
+    interrupt: Annotated[
+        bool, typer.Option("--interrupt", help="Also what has no stand-in: its requests fail meanwhile.")
+    ] = False,
+) -> None:
+    """Restart a cluster's processes one after the other, each when the one before is used again."""
+    if cluster is not None:
+        options = [f"--only {shlex.quote(name)}" for name in only or ()]
+        options += [f"--drain-timeout {drain_timeout}", f"--wait {wait}", *(["--interrupt"] if interrupt else [])]
+        _progress("restarting one process after the other (each takes as long as a start)")
+        command = f"kvferry restart --config ~/kvferry.yaml {' '.join(options)}"
+        _on_head(cluster, command, timeout_s=RESTART_TIMEOUT_S)
+        return
+    from kvferry.deploy.cluster import application
+    from kvferry.deploy.cluster.rolling import rolling_restart
+
+    settings = read_settings(config)
+    name = settings.cluster.name
+    try:
+        with application.connected(ray_address):
+            count = rolling_restart(
+                lambda: application.members(name),
+                lambda process: application.restart(name, process, drain_timeout),
+                only=only or (),
+                directory=settings.cluster.directory,
+                wait_s=wait,
+                may_interrupt=interrupt,
+                progress=lambda line: print(line, flush=True),
+            )
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        fail(str(error))
+    print(f"{count} processes were restarted")
+
+
 def stop_command(config: ConfigOption = None, ray_address: RayAddress = "auto") -> None:
     """End kvferry on a Ray cluster; Ray goes on."""
     from kvferry.deploy.cluster import application
@@ -190,10 +235,10 @@ def end_host_command(
     print(json.dumps({"ended": ended}) if as_json else f"{len(ended)} processes ended")
 
 
-def _on_head(cluster: Path, command: str) -> None:
+def _on_head(cluster: Path, command: str, *, timeout_s: float = HEAD_TIMEOUT_S) -> None:
     """Runs a command on the head and prints what it prints; ends with its error."""
     try:
-        done = Shell(_description(cluster)).on_head(command, timeout_s=HEAD_TIMEOUT_S)
+        done = Shell(_description(cluster)).on_head(command, timeout_s=timeout_s)
     except ShellError as error:
         fail(str(error))
     sys.stdout.write(done.output)

@@ -92,6 +92,7 @@ class Controller:
         self._stats = WorkerStatsPoller()
         self._processes: dict[str, _Process] = {}
         self._leaving: set[str] = set()
+        self._restarting: set[str] = set()
         self._problem = ""
         self._born = time.monotonic()
         self._enough_machines = False
@@ -151,6 +152,15 @@ class Controller:
         else:
             self._counts[role] = count
 
+    def restart(self, name: str, drain_s: float) -> None:
+        """Has a process drain, end and start anew on its machine; returns at once. Raises ValueError when it is not up,
+        or on its way already."""
+        process = self._processes.get(name)
+        if process is None or process.state != "up" or name in self._restarting:
+            raise ValueError(f"{name} is not up")
+        self._restarting.add(name)
+        threading.Thread(target=self._let_restart, args=(process, drain_s), daemon=True).start()
+
     def stop(self) -> None:
         """Ends every process, gateways first. Bounded by `STOP_TIMEOUT_S` for each role."""
         self._stopping.set()
@@ -188,6 +198,8 @@ class Controller:
         own = "" if known is None or known.started is None else known.started.address
         directory = self._settings.cluster.directory or own
         for process in self._processes.values():
+            if process.member.name in self._restarting:
+                continue  # asked now, it would start anew in a process that is about to end
             if directory or process.member.role == "directory":
                 self._ask(process, directory)
 
@@ -212,6 +224,15 @@ class Controller:
             _end(processes, LEAVE_DRAIN_S)
         finally:
             self._leaving -= {process.member.name for process in processes}
+
+    def _let_restart(self, process: _Process, drain_s: float) -> None:
+        """Ray starts a process again that it has ended in this way."""
+        try:
+            ray.wait([process.handle.stop.remote(drain_s)], timeout=drain_s + STOP_TIMEOUT_S)
+            ray.kill(process.handle, no_restart=False)
+            logger.info("%s has ended and starts again", process.member.name)
+        finally:
+            self._restarting.discard(process.member.name)
 
     def _wanted(self, *, has_gpus: bool) -> list[Member]:
         prefill, decode = self._settings.prefill, self._settings.decode

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +33,7 @@ class Started:
     version: str
 
 
-class MemberActor:
+class MemberActor(ABC):
     """A process: a server, and its place in the directory."""
 
     def __init__(self, settings: Settings, name: str) -> None:
@@ -66,20 +67,25 @@ class MemberActor:
         )
 
     async def stop(self, drain_s: float) -> None:
-        """Leaves the directory, gives what runs `drain_s` seconds, and closes."""
-        if self._member is not None:
-            await self._member.stop(drain_s)
+        """Leaves the directory, gives what runs `drain_s` seconds, and closes. The next `ensure` starts it anew."""
+        if self._member is None:
+            return  # nothing has started, and a start that runs may take minutes
+        async with self._lock:
+            member, self._member, self._address = self._member, None, ""
+            if member is not None:
+                await member.stop(drain_s)
 
+    @abstractmethod
     def _make(self, directory: str) -> ClusterMember:
         """The parts, not started."""
-        raise NotImplementedError
 
 
 class DirectoryActor(MemberActor):
     """The list of who takes part."""
 
     def _make(self, directory: str) -> ClusterMember:
-        config = DirectoryConfig(host=bind_host(self._settings), port=self._settings.cluster.directory_port)
+        port = self._settings.cluster.directory_port
+        config = DirectoryConfig(host=bind_host(self._settings), port=port, metrics=self._settings.metrics.place(port))
         return ClusterMember(DirectoryServer(config), directory=None, roles=())
 
 

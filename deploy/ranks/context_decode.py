@@ -16,7 +16,8 @@ from kvferry.decode.cache import PackedCache
 from kvferry.decode.executor import StepInput, run_step
 from kvferry.deploy.ranks.context_group import ContextGroup
 from kvferry.deploy.ranks.context_memory import ContextMemory
-from kvferry.deploy.ranks.context_share import Exchange
+from kvferry.deploy.ranks.context_share import WHAT, Exchange, empty_part
+from kvferry.deploy.ranks.guarded_step import FirstError, agree
 from kvferry.kernels.forward import CausalModel
 from kvferry.kernels.packed import DecodeBatch, PackedKernels
 
@@ -33,7 +34,11 @@ class ContextStep:
         exchange: Exchange | None,
     ) -> None:
         """share: the leader's, of layers that see everything; windowed: whole contexts of the others, where there are
-        any; exchange: None when no other rank has a block of any sequence."""
+        any; exchange: None when no other rank has a block of any sequence.
+
+        What fails between the exchanges is kept in `first.error`, and the step goes on without its result.
+        """
+        self.first = FirstError()
         self._cache = cache
         self._share = share
         self._windowed = windowed
@@ -58,9 +63,13 @@ class ContextStep:
         tails[self._slots, layer, 0, :, self._positions] = key[:n].to(torch.float16)
         tails[self._slots, layer, 1, :, self._positions] = value[:n].to(torch.float16)
         own = query[:n].contiguous()
-        if self._windowed is not None and self._windowed.layout.layers[layer].head_bytes:
-            out = self._kernels.decode_attention(
-                own, self._windowed, layer=layer, scale=scale, window=window, softcap=softcap
+        windowed = self._windowed
+        if windowed is not None and windowed.layout.layers[layer].head_bytes:
+            out = self.first.guard(
+                lambda: self._kernels.decode_attention(
+                    own, windowed, layer=layer, scale=scale, window=window, softcap=softcap
+                ),
+                lambda: torch.zeros_like(own),
             )
         else:  # a window is wider than any context here
             out = self._merged(layer, own, scale=scale, softcap=softcap).to(query.dtype)
@@ -69,9 +78,12 @@ class ContextStep:
     def _merged(self, layer: int, query: Tensor, *, scale: float, softcap: float | None) -> Tensor:
         if self._exchange is not None:
             self._exchange.broadcast(query)
-        part = self._kernels.share_attention(query, self._share, layer=layer, scale=scale, softcap=softcap)
+        part = self.first.guard(
+            lambda: self._kernels.share_attention(query, self._share, layer=layer, scale=scale, softcap=softcap),
+            lambda: empty_part(query),
+        )
         parts = part.unsqueeze(0) if self._exchange is None else self._exchange.gather(part)
-        return self._kernels.merge_shares(parts)
+        return self.first.guard(lambda: self._kernels.merge_shares(parts), lambda: torch.zeros_like(part[..., :-1]))
 
 
 class ContextDecode:
@@ -101,15 +113,20 @@ class ContextDecode:
         """Alone, where no other rank has anything: a sequence's first block is the leader's."""
         memory = self.memory
         if not memory.own.pool_layout.block_bytes or all(len(row) < 2 for row in batch.block_tables):
-            return self._run(batch, None)
+            logits, error = self._run(batch, None)
+        else:
 
-        def command(rank: int) -> dict[str, object]:
-            return {"op": "step", "block_tables": memory.tables_of(rank, batch.block_tables)}
+            def command(rank: int) -> dict[str, object]:
+                return {"op": "step", "block_tables": memory.tables_of(rank, batch.block_tables)}
 
-        with self._group.together(command):
-            return self._run(batch, self._group.team)
+            with self._group.together(command):
+                logits, error = self._run(batch, self._group.team)
+                error = agree(self._group.team, error, WHAT)
+        if error is not None:
+            raise error
+        return logits
 
-    def _run(self, batch: StepInput, exchange: Exchange | None) -> Tensor:
+    def _run(self, batch: StepInput, exchange: Exchange | None) -> tuple[Tensor, Exception | None]:
         cache = self.memory.own
         rest = {"slots": batch.slots, "tail_lens": batch.tail_lens}
         share = cache.batch(block_tables=self.memory.tables_of(0, batch.block_tables), **rest).whole
@@ -117,4 +134,4 @@ class ContextDecode:
         if cache.ring_blocks:  # rings are found by slot and index: the ids do not matter, but how many there are does
             windowed = cache.batch(block_tables=batch.block_tables, **rest).windowed
         step = ContextStep(cache, share, windowed, self._kernels, exchange)
-        return run_step(self._model, step, batch, self._pad_rows, cache.device)
+        return run_step(self._model, step, batch, self._pad_rows, cache.device), step.first.error

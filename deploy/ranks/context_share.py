@@ -5,6 +5,7 @@ It has no part of the model: queries come to it, and its partial results go back
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,9 +15,15 @@ from torch import Tensor
 
 from kvferry.decode.cache import split_layers
 from kvferry.deploy.layer_windows import LayerRule
+from kvferry.deploy.ranks.guarded_step import FirstError, agree
 from kvferry.deploy.spec_file import spec_from_json, spec_to_json
 from kvferry.kernels.layout import BlockLayout
 from kvferry.kernels.packed import DecodeBatch, PackedKernels
+
+logger = logging.getLogger(__name__)
+
+WHAT = "attend to its share of a context"
+"""What a rank could not do when it was not the others' fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,15 @@ class Exchange(Protocol):
 
     def gather(self, part: Tensor) -> Tensor: ...
 
+    def all_true(self, flag: bool) -> bool: ...
+
+
+def empty_part(query: Tensor) -> Tensor:
+    """What `share_attention` gives for a share without blocks: fp32 [B, Hq, D + 1] for a query [B, Hq, D]."""
+    part = torch.zeros((*query.shape[:-1], query.shape[-1] + 1), dtype=torch.float32, device=query.device)
+    part[..., -1] = -torch.inf
+    return part
+
 
 class ContextShare:
     """The commands of a follower, by name."""
@@ -87,17 +103,33 @@ class ContextShare:
         self._pool[block, offset : offset + raw.numel()].copy_(raw)
 
     def step(self, block_tables: list[list[int]], exchange: Exchange) -> None:
-        """This rank's part of one decode step: attends in every layer that sees everything, in their order."""
-        batch = self._batch(block_tables)
+        """This rank's part of one decode step: attends in every layer that sees everything, in their order. What fails
+        here fails the step on all ranks, and nothing else."""
+        first = FirstError()
+        batch: DecodeBatch | None = None
+        try:
+            batch = self._batch(block_tables)
+        except Exception as error:  # the exchanges must come nevertheless
+            first.error = error
         dim = self._layout.head_dim
         for layer, rule in enumerate(self._rules):
             if not self._layout.layers[layer].head_bytes:
                 continue
             query = torch.empty((len(block_tables), rule.query_heads, dim), dtype=rule.query_dtype, device=self._device)
             exchange.broadcast(query)
-            exchange.gather(
-                self._kernels.share_attention(query, batch, layer=layer, scale=rule.scale, softcap=rule.softcap)
-            )
+            exchange.gather(self._part(query, batch, layer, first))
+        agree(exchange, first.error, WHAT)
+        if first.error is not None:
+            logger.warning("a decode step failed: %s", first.error)
+
+    def _part(self, query: Tensor, batch: DecodeBatch | None, layer: int, first: FirstError) -> Tensor:
+        if batch is None:
+            return empty_part(query)
+        rule = self._rules[layer]
+        return first.guard(
+            lambda: self._kernels.share_attention(query, batch, layer=layer, scale=rule.scale, softcap=rule.softcap),
+            lambda: empty_part(query),
+        )
 
     def swap_out(self, saved: int, prompt: list[int], own: list[list[int]]) -> None:
         self._saved[saved] = self._copy(prompt), [self._copy(blocks) for blocks in own]

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvferry.deploy.ranks.collectives import Collectives
 from kvferry.deploy.ranks.errors import RankFailed
 from kvferry.kernels.forward import AttentionStep
 
 logger = logging.getLogger(__name__)
+
+
+class Votes(Protocol):
+    """The part of `Collectives` by which ranks agree."""
+
+    def all_true(self, flag: bool) -> bool: ...
+
+
+class FirstError:
+    """Keeps the first error among the parts of a pass, and goes on with something else: for steps whose collectives lie
+    between the parts."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def guard(self, compute: Callable[[], Tensor], otherwise: Callable[[], Tensor]) -> Tensor:
+        """`compute()`; `otherwise()` when it fails, or when a part before it has."""
+        if self.error is None:
+            try:
+                return compute()
+            except Exception as error:  # for `agree` to raise
+                self.error = error
+        return otherwise()
 
 
 class GuardedStep:
@@ -41,7 +65,7 @@ class GuardedStep:
         return torch.zeros_like(query)
 
 
-def agree(team: Collectives, error: Exception | None, what: str) -> Exception | None:
+def agree(team: Votes, error: Exception | None, what: str) -> Exception | None:
     """What every rank has to raise for `what`: its own error, or RankFailed when it was another's; None when all did
     their part."""
     if team.all_true(error is None):

@@ -7,6 +7,7 @@ nothing of the lab touches this machine's network.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -29,6 +30,8 @@ PREFIX = "kvferry-lab-"
 FOLDER = Path("/var/tmp")
 """Not below /tmp or HOME, which every host has of its own."""
 KEY = ".ssh/id_lab"
+_LISTENING = "0A"
+_CLONE_NEWNET = 0x40000000
 START_TIMEOUT_S = 20.0
 _TOOLS = {
     "ip": "iproute2",
@@ -112,6 +115,22 @@ class Host:
                     line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                     found[int(entry.name)] = line or f"[{(entry / 'comm').read_text().strip()}]"
         return found
+
+    def listener(self, port: int) -> int | None:
+        """This machine's pid of the process that listens on a TCP port of the host; None: nobody does."""
+        sockets = set()
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{self.init_pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{fields[9]}]")
+        for pid in sorted(self.processes()) if sockets else ():
+            with suppress(OSError):  # it ended meanwhile
+                for fd in Path(f"/proc/{pid}/fd").iterdir():
+                    with suppress(OSError):
+                        if os.readlink(fd) in sockets:
+                            return pid
+        return None
 
 
 class Lab:
@@ -216,6 +235,16 @@ class Lab:
             host.process.kill()  # --kill-child: its child is the first process of the PID namespace
             host.process.wait()
             host.process = None
+
+    def join_network(self, host: Host) -> None:
+        """From here on this thread, and all that it starts, is in the host's network. Raises OSError."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = os.open(f"/var/run/netns/{host.namespace}", os.O_RDONLY)
+        try:
+            if libc.setns(fd, _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"cannot enter the network of {host.name}")
+        finally:
+            os.close(fd)
 
     def kill(self, host: Host, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
         """Sends a signal to a process of a host, by the host's own pid."""

@@ -1,14 +1,21 @@
 """The directory over real sockets: who announces, who watches, and a directory that goes away and comes back."""
 
 import asyncio
+import re
+import urllib.request
 from contextlib import AsyncExitStack, aclosing
+from pathlib import Path
 
 import grpc
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvferry.deploy.directory_client import DirectoryMembership, Registration, list_members
 from kvferry.deploy.directory_server import DirectoryConfig, DirectoryServer
+from kvferry.deploy.members import Member, Members
 from kvferry.deploy.membership import StaticMembership
+from kvferry.deploy.scrape_targets import scrape_targets
+from kvferry.kvstore.metrics_endpoint import MetricsPlace
 from kvferry.proto import directory_pb2, directory_pb2_grpc
 
 LIMIT_S = 20.0
@@ -196,7 +203,7 @@ async def test_watchers_are_bounded_and_counted_out(town):
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         first.cancel()
         async with asyncio.timeout(LIMIT_S):
-            while town.server._servicer._num_watchers:
+            while town.server._servicer.num_watchers:
                 await asyncio.sleep(0.01)
 
 
@@ -229,3 +236,51 @@ async def test_a_gateway_follows_the_directory(lab, town):
     assert [chunk async for chunk in stub.Generate(lab.request())]
     assert len(new.requests) == 1
     await lab.eventually(lambda: not gateway._pool._leaving)
+
+
+async def test_metrics(town):
+    """What it tells is what happened, and every name is documented."""
+    await town.close()
+    await town.open(metrics=MetricsPlace(), settle_s=0.0)
+    await town.joined("127.0.0.1:7001", "prefill", "decode")
+    silent = await town.joined("127.0.0.1:7002", "store")
+    watcher = await town.watch()
+    await watcher.until("127.0.0.1:7001", "127.0.0.1:7002")
+    silent._task.cancel()
+    await watcher.until("127.0.0.1:7001")
+
+    def scrape():
+        url = f"http://127.0.0.1:{town.server.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=LIMIT_S) as reply:
+            return list(text_string_to_metric_families(reply.read().decode()))
+
+    families = [family for family in await asyncio.to_thread(scrape) if family.name.startswith("kvferry_")]
+    told = {(s.name, s.labels.get("role", "")): s.value for family in families for s in family.samples}
+    assert told == {
+        ("kvferry_directory_members", "prefill"): 1,
+        ("kvferry_directory_members", "decode"): 1,
+        ("kvferry_directory_members", "store"): 0,
+        ("kvferry_directory_members", "gateway"): 0,
+        ("kvferry_directory_watchers", ""): 1,
+        ("kvferry_directory_settled", ""): 1,
+        ("kvferry_directory_leases_ended_total", ""): 1,
+        ("kvferry_directory_leases_lost_total", ""): 0,
+    }
+    page = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    assert {name for name, _ in told} == set(re.findall(r"^\| `(kvferry_directory_\w+)`", page, re.MULTILINE))
+
+
+def test_scrape_targets():
+    members = Members(
+        (
+            Member("10.0.0.2:7610", ("prefill",)),
+            Member("10.0.0.3:7610", ("prefill",)),
+            Member("10.0.0.4:7650", ("prefill", "decode")),
+            Member("10.0.0.5:65000", ("gateway",)),
+        )
+    )
+    assert scrape_targets("10.0.0.1:7590", members, port_offset=1000) == [
+        {"targets": ["10.0.0.1:8590"], "labels": {"job": "kvferry-directory"}},
+        {"targets": ["10.0.0.2:8610", "10.0.0.3:8610"], "labels": {"job": "kvferry-prefill"}},
+        {"targets": ["10.0.0.4:8650"], "labels": {"job": "kvferry-both"}},
+    ]

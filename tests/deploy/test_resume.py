@@ -12,6 +12,7 @@ from kvferry.proto import inference_pb2
 
 Code = grpc.StatusCode
 HANG = 60.0
+SILENT_S = 4.0
 IDS = [1001, 1002, 1003, 1004, 1005, 1006]
 
 
@@ -127,6 +128,40 @@ async def test_the_same_gateway_after_a_restart(lab):
     assert [token for chunk in chunks for token in chunk.token_ids] == [*IDS, lab.EOS]
     await lab.eventually(lambda: gateway._gateway._running.num_running == 0)
     assert gateway._gateway.counters.num_resumed == 1
+
+
+async def reconnect(lab, gateway, worker, relay):
+    """Cuts a connection whose request has no token yet, and lets the address be reached again."""
+    await lab.eventually(lambda: worker.num_running == 1)
+    relay.cut()
+    worker.script = script(lab)
+    again = Relay()
+    await again.start(gateway.address, port=int(relay.address.rpartition(":")[2]))
+    lab._stack.push_async_callback(again.stop)
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["async", "sync"])
+async def test_a_request_without_a_token_goes_on_at_the_only_gateway(lab, sync):
+    """A connection that is taken for lost costs another try, no error: however long the request was silent before."""
+    worker = await lab.worker(script(lab, at=0))
+    gateway = await lab.gateway([worker])
+    relay = Relay()
+    await relay.start(gateway.address)
+    retry = RetryPolicy(patience_s=0.75 * SILENT_S)
+
+    def ask():
+        with Client(relay.address, retry=retry) as client:
+            return client.generate("Hi", timeout=HANG)
+
+    async def ask_async():
+        async with AsyncClient(relay.address, retry=retry) as client:
+            return await client.generate("Hi", timeout=HANG)
+
+    asking = asyncio.create_task(asyncio.to_thread(ask) if sync else ask_async())
+    await asyncio.sleep(SILENT_S)
+    await reconnect(lab, gateway, worker, relay)
+    assert (await asking).token_ids == (*IDS, lab.EOS)
+    assert len(worker.requests) == 2
 
 
 async def test_an_attempt_ends_the_one_before_it(lab):

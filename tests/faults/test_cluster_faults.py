@@ -10,19 +10,16 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.cluster import Cluster, Proc, start_two_of_each
+from support.cluster import Cluster, start_two_of_each
 from support.cluster_load import Load
+from support.faults import KILL, LIMIT_S, STOP, Injection, assert_nothing_is_left, busy, inject, report, shuffled_plan
 
 DEEP = bool(os.environ.get("KVFERRY_DEEP"))
-LIMIT_S = 60.0
-LEASE_S = 4.0
 NUM_PROMPTS = 10
 PROMPT_TOKENS = 700
-KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 ORDINARY = [("decode", STOP), ("prefill", KILL), ("gateway", STOP), ("store", KILL), ("directory", KILL)]
 DEEP_ROUNDS = 9
 """Of five kinds: 45 injections."""
@@ -52,117 +49,10 @@ def load(shared: tuple[Cluster, Load]) -> Load:
     return Load(learnt.gateways, learnt.prompts, oracle=learnt.oracle)
 
 
-@dataclass
-class Injection:
-    """What a fault did. Seconds: `noticed`, from the signal until it showed in a counter or in the list of members;
-    `pause`, the longest wait of a client for its next token since then."""
-
-    kind: str
-    number: int
-    noticed: float = 0.0
-    pause: float = 0.0
-    failovers: int = 0
-
-    def __str__(self) -> str:
-        name = signal.Signals(self.number).name
-        return (
-            f"{self.kind:<10}{name:<9} noticed after {self.noticed:4.1f} s, {self.failovers} requests went elsewhere, "
-            f"longest pause {self.pause:4.1f} s"
-        )
-
-
-async def moved(cluster: Cluster, without: Proc) -> dict[str, int]:
-    """By gateway that answers: requests that went on elsewhere, with other workers or from another gateway. `without`
-    is not asked: it may be stopped, and would only cost time."""
-    gateways = [proc for proc in cluster.of_kind("gateway") if proc is not without]
-    told = {proc.name: await cluster.gateway_stats(proc) for proc in gateways}
-    return {name: stats.num_failovers + stats.num_resumed for name, stats in told.items() if stats is not None}
-
-
-def more(now: dict[str, int], before: dict[str, int]) -> int:
-    return sum(max(count - before.get(name, 0), 0) for name, count in now.items())
-
-
-async def busy(cluster: Cluster, proc: Proc) -> bool:
-    """It has a request now. Directory and store nodes always count as busy."""
-    if proc.kind in ("prefill", "decode"):
-        calls = await cluster.calls(proc)
-        return calls is not None and calls.num_running > 0
-    if proc.kind == "gateway":
-        stats = await cluster.gateway_stats(proc)
-        return stats is not None and stats.num_running > 0
-    return True
-
-
-async def noticed(cluster: Cluster, proc: Proc, before: dict[str, int]) -> bool:
-    """The control: the fault shows in a counter, or in the directory's list."""
-    if proc.kind == "directory":
-        try:
-            await cluster.members()
-        except OSError:
-            return True
-        return False
-    if more(await moved(cluster, proc), before):
-        return True
-    return proc.address not in await cluster.members()
-
-
-async def inject(cluster: Cluster, proc: Proc, number: int, load: Load) -> Injection:
-    """Kills or stops `proc` while it is busy, sees that the rest goes on, and brings it back."""
-    injection = Injection(proc.kind, number)
-    await cluster.until(lambda: busy(cluster, proc), f"{proc.name} gets no request")
-    before, lost_before = await moved(cluster, proc), await leases_lost(cluster, proc)
-    proc.signal(number)
-    began = time.monotonic()
-    await cluster.until(lambda: noticed(cluster, proc, before), f"nobody noticed that {proc.name} is gone")
-    injection.noticed = time.monotonic() - began
-    done = load.num_done
-    async with asyncio.timeout(LIMIT_S):
-        await load.until_done(done + load.num_clients)  # the others go on without it
-    injection.pause = load.longest_gap_after(began)
-    injection.failovers = more(await moved(cluster, proc), before)
-    if number == KILL:
-        assert await cluster.ended(proc) == -KILL
-        cluster.start(proc)
-    else:
-        if proc.kind != "directory":
-            await cluster.until_left(proc)
-        proc.signal(signal.SIGCONT)
-    # A new directory judges a lease only once its holder has told it of it: so everybody has to be back.
-    await cluster.until_joined(*(cluster.procs.values() if proc.kind == "directory" else [proc]))
-    if number == STOP and proc.kind in ("prefill", "decode", "gateway"):
-        assert await leases_lost(cluster, proc) == lost_before + 1  # it knows that it was away
-    if number == STOP and proc.kind in ("prefill", "decode"):
-        calls = await cluster.calls(proc)
-        assert calls is not None
-        assert calls.epoch > 0
-    return injection
-
-
-async def leases_lost(cluster: Cluster, proc: Proc) -> int:
-    if proc.kind in ("prefill", "decode"):
-        calls = await cluster.calls(proc)
-        return 0 if calls is None else calls.num_leases_lost
-    stats = await cluster.gateway_stats(proc) if proc.kind == "gateway" else None
-    return 0 if stats is None else stats.num_leases_lost
-
-
-async def assert_nothing_is_left(cluster: Cluster) -> None:
-    """After the load every worker and gateway is idle."""
-
-    async def idle() -> bool:
-        return not any([await busy(cluster, proc) for proc in cluster.of_kind("prefill", "decode", "gateway")])
-
-    await cluster.until(idle, "something still runs")
-
-
 def plan() -> list[tuple[str, signal.Signals]]:
     if not DEEP:
         return list(ORDINARY)
-    kinds = ["decode", "prefill", "gateway", "store", "directory"]
-    faults = [(kind, KILL if i % 2 else STOP) for i in range(DEEP_ROUNDS) for kind in kinds]
-    random.Random(0).shuffle(faults)
-    return faults
+    return shuffled_plan(DEEP_ROUNDS)
 
 
 @pytest.mark.timeout(3600 if DEEP else 300)
@@ -186,23 +76,6 @@ async def test_killed_and_stopped_processes(cluster: Cluster, load: Load, capsys
         for kind in ("decode", "gateway"):
             assert any(i.failovers for i in injections if i.kind == kind), kind
     await assert_nothing_is_left(cluster)
-
-
-def report(injections: list[Injection], load: Load) -> None:
-    print(f"\n{len(injections)} injections, {load.num_done} requests, {len(load.problems)} failed")
-    for kind in dict.fromkeys(injection.kind for injection in injections):
-        for number in (KILL, STOP):
-            some = [i for i in injections if (i.kind, i.number) == (kind, number)]
-            if some:
-                noticed_s, pause_s = sorted(i.noticed for i in some), sorted(i.pause for i in some)
-                print(
-                    f"  {len(some)} x {kind:<10}{number.name:<9} noticed after {noticed_s[len(some) // 2]:.1f} s "
-                    f"(at most {noticed_s[-1]:.1f}), pause {pause_s[len(some) // 2]:.1f} s (at most {pause_s[-1]:.1f})"
-                )
-    gaps = sorted(length for _, length in load.gaps)
-    if gaps:
-        median, longest = gaps[len(gaps) // 2], gaps[-1]
-        print(f"  pauses over 0.5 s in answers: {len(gaps)}, median {median:.1f} s, longest {longest:.1f} s")
 
 
 @pytest.mark.timeout(1800 if DEEP else 300)

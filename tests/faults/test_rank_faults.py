@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from support.processes import RankWorkerProcess
 from support.rank_models import save_model
 
@@ -101,6 +103,22 @@ async def test_a_killed_follower_ends_its_worker_and_the_answer_goes_on_elsewher
         await gateway.stop(0.2)
         await prefill.stop(0.2)
         runtime.close()
+
+
+def test_the_leader_tells_what_each_rank_uses(start_worker: Callable[[], RankWorkerProcess]) -> None:
+    worker = start_worker()
+    with urllib.request.urlopen(f"http://127.0.0.1:{worker.metrics_port}/metrics", timeout=30) as reply:
+        families = list(text_string_to_metric_families(reply.read().decode()))
+    pids = [worker.popen.pid, *worker.follower_pids]
+
+    def by_rank(name: str) -> dict[str, float]:
+        return {s.labels["rank"]: s.value for family in families if family.name == name for s in family.samples}
+
+    told, cpu = by_rank("kvferry_rank_resident_memory_bytes"), by_rank("kvferry_rank_cpu_seconds")
+    assert told.keys() == cpu.keys() == {str(rank) for rank in range(len(pids))}
+    for rank, pid in enumerate(pids):
+        assert told[str(rank)] == pytest.approx(psutil.Process(pid).memory_info().rss, rel=0.2)
+        assert 0 < cpu[str(rank)] <= sum(psutil.Process(pid).cpu_times()[:2])
 
 
 def test_followers_end_with_their_leader(start_worker: Callable[[], RankWorkerProcess]) -> None:

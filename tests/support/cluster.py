@@ -1,4 +1,4 @@
-"""A whole deployment of real processes that find each other through a directory, to be killed and restarted."""
+"""A whole deployment of real processes on this machine that find each other through a directory."""
 
 from __future__ import annotations
 
@@ -10,25 +10,20 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
-
-from kvferry.deploy.directory_client import list_members
-from kvferry.proto import gateway_pb2, gateway_pb2_grpc, worker_pb2, worker_pb2_grpc
+from support.deployment import Deployment
 from support.processes import free_port
 
 _ROOT = Path(__file__).resolve().parents[2]
 START_S = 60.0
 END_S = 60.0
-WORKERS = ("prefill", "decode")
 
 
 @dataclass
-class Proc:
-    """One process, over its lives; its port stays."""
+class LocalProc:
+    """A `Proc`; its port stays over its lives."""
 
     name: str
     kind: str  # directory, store, prefill, decode, gateway
@@ -59,7 +54,7 @@ class Forge:
             env=environment,
             cwd=_ROOT,
         )
-        self._by_pid: dict[int, Proc] = {}
+        self._by_pid: dict[int, LocalProc] = {}
         self._early: dict[int, int] = {}
         self._lock = threading.Lock()
         self._started: queue.Queue[int] = queue.Queue()
@@ -68,7 +63,7 @@ class Forge:
         self._reader.start()
         assert self._ready.wait(START_S), "the forge did not start"
 
-    def start(self, proc: Proc, args: list[str]) -> None:
+    def start(self, proc: LocalProc, args: list[str]) -> None:
         assert self._popen.stdin is not None
         order = json.dumps({"args": args, "log": str(proc.log)}) + "\n"
         self._popen.stdin.write(order.encode())
@@ -112,7 +107,7 @@ class Forge:
                             proc.ended.set()
 
 
-class Cluster:
+class Cluster(Deployment):
     """Use it as a context manager. Every process logs to its own file in `folder`."""
 
     def __init__(self, folder: Path, model: Path) -> None:
@@ -122,9 +117,9 @@ class Cluster:
             f"model: {model}\nserved_model_name: tiny\ndtype: float32\npreset: kv16\nblock_size: 32\nthreads: 1\n"
             "decode: {kv_memory: 32MiB, prefix_caching: false}\nprefill: {fetch: always}\nstore: {memory: 64MiB}\n"
         )
-        self.procs: dict[str, Proc] = {}
+        self._procs: dict[str, LocalProc] = {}
         self._forge = Forge()
-        self.directory = self._new("directory", "directory")
+        self._new("directory", "directory")
 
     def __enter__(self) -> Cluster:
         return self
@@ -132,24 +127,21 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self._forge.close()
 
-    def of_kind(self, *kinds: str) -> list[Proc]:
-        return [proc for proc in self.procs.values() if proc.kind in kinds]
-
     @property
-    def gateways(self) -> list[str]:
-        return [proc.address for proc in self.of_kind("gateway")]
+    def procs(self) -> dict[str, LocalProc]:
+        return self._procs
 
-    def _new(self, name: str, kind: str) -> Proc:
-        proc = self.procs[name] = Proc(name, kind, free_port(), self.folder / f"{name}.log")
+    def _new(self, name: str, kind: str) -> LocalProc:
+        proc = self.procs[name] = LocalProc(name, kind, free_port(), self.folder / f"{name}.log")
         return proc
 
-    def add(self, name: str, kind: str) -> Proc:
+    def add(self, name: str, kind: str) -> LocalProc:
         """A process of `kind` on a port of its own, started."""
         proc = self.procs.get(name) or self._new(name, kind)
         self.start(proc)
         return proc
 
-    def start(self, proc: Proc) -> None:
+    def start(self, proc: LocalProc) -> None:
         port = ["--port", str(proc.port)]
         directory = ["--directory", self.directory.address]
         config = ["--config", str(self._config)]
@@ -163,72 +155,22 @@ class Cluster:
         }[proc.kind]
         self._forge.start(proc, args)
 
-    async def ended(self, proc: Proc) -> int:
+    async def ended(self, proc: LocalProc) -> int:
         """Its exit code; fails when it does not end."""
         assert await asyncio.to_thread(proc.ended.wait, END_S), f"{proc.name} does not end: {proc.log.read_text()}"
         assert proc.code is not None
         return proc.code
 
-    async def until_joined(self, *procs: Proc) -> None:
-        """Until they are members, and every gateway uses them if they are workers."""
-        await self.until(lambda: self._joined(procs), f"{[p.name for p in procs]} did not join")
+    async def bring_back(self, proc: LocalProc) -> None:
+        assert await self.ended(proc) == -signal.SIGKILL
+        self.start(proc)
 
-    async def until_left(self, proc: Proc) -> None:
-        async def left() -> bool:
-            return proc.address not in await self.members()
-
-        await self.until(left, f"{proc.name} is still a member")
-
-    async def members(self) -> set[str]:
-        return {member.address for member in (await list_members(self.directory.address)).members}
-
-    async def _joined(self, procs: tuple[Proc, ...]) -> bool:
-        for proc in procs:
-            assert not proc.ended.is_set(), f"{proc.name} ended: {proc.log.read_text()[-2000:]}"
-        try:
-            members = await self.members()
-        except OSError:
-            return False
-        if any(proc.kind != "directory" and proc.address not in members for proc in procs):
-            return False
-        for gateway in self.of_kind("gateway"):
-            stats = await self.gateway_stats(gateway)
-            if stats is None or any(p.kind in WORKERS and p.address not in stats.workers for p in procs):
-                return False
-        return True
-
-    @staticmethod
-    async def until(condition, problem: str, seconds: float = START_S) -> None:  # type: ignore[no-untyped-def]
-        end = time.monotonic() + seconds
-        while not await condition():
-            assert time.monotonic() < end, problem
-            await asyncio.sleep(0.05)
-
-    async def gateway_stats(self, proc: Proc) -> gateway_pb2.GatewayStats | None:
-        """None when it does not answer."""
-        async with grpc.aio.insecure_channel(proc.address) as channel:
-            try:
-                return await gateway_pb2_grpc.GatewayStub(channel).Stats(gateway_pb2.StatsRequest(), timeout=1.0)
-            except grpc.aio.AioRpcError:
-                return None
-
-    async def calls(self, proc: Proc) -> worker_pb2.CallStats | None:
-        """What a worker says of its calls; None when it does not answer."""
-        async with grpc.aio.insecure_channel(proc.address) as channel:
-            try:
-                stats = await worker_pb2_grpc.WorkerStub(channel).Stats(worker_pb2.StatsRequest(), timeout=1.0)
-            except grpc.aio.AioRpcError:
-                return None
-        return stats.calls
-
-    async def sum_of(self, field_name: str) -> int:
-        """A counter of the gateways that answer, together."""
-        stats = [await self.gateway_stats(proc) for proc in self.of_kind("gateway")]
-        return sum(getattr(one, field_name) for one in stats if one is not None)
+    async def check(self, proc: LocalProc) -> None:
+        assert not proc.ended.is_set(), f"{proc.name} ended: {proc.log.read_text()[-2000:]}"
 
 
 async def start_two_of_each(cluster: Cluster) -> None:
     """The directory and two processes of each other kind, ready."""
-    cluster.start(cluster.directory)
+    cluster.start(cluster.procs["directory"])
     kinds = ("prefill", "decode", "gateway", "store")
     await cluster.until_joined(*(cluster.add(f"{kind}-{i}", kind) for kind in kinds for i in range(2)))

@@ -113,3 +113,4 @@ class RankWorkerProcess(Process):
         self.address = self.wait_for_line("serving on ").split("serving on ")[1].split(",")[0]
         line = self.wait_for_line("followers ")
         self.follower_pids = [int(pid) for pid in line.split("followers ")[1].rstrip(",").split()]
+        self.metrics_port = int(self.wait_for_line("metrics on ").split("metrics on ")[1].split(",")[0])

@@ -12,6 +12,7 @@ import torch
 from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kernels.spec import KVQuantSpec
+from kvferry.kvstore.metrics_endpoint import MetricsPlace
 
 
 async def serve(model: str, block_size: int, ranks: int, kind: str = "tensor_parallel") -> None:
@@ -20,9 +21,12 @@ async def serve(model: str, block_size: int, ranks: int, kind: str = "tensor_par
     runtime = ModelRuntime(
         replace(ModelConfig(model=model, served_name="tiny", spec=spec, dtype="float32"), **{kind: ranks})
     )
-    server = WorkerServer(runtime, config=DecodeConfig(kv_memory=32 * 2**20), store_address=None)
+    server = WorkerServer(
+        runtime, config=DecodeConfig(kv_memory=32 * 2**20, metrics=MetricsPlace()), store_address=None
+    )
     address = await server.start()
     print(f"followers {' '.join(map(str, runtime.executors.follower_pids))},", flush=True)
+    print(f"metrics on {server.metrics_port},", flush=True)
     print(f"serving on {address},", flush=True)
     await asyncio.Event().wait()
 

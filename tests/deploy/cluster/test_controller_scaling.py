@@ -43,10 +43,16 @@ class Actor:
         self.name = name
         self.may_leave = threading.Event()
         self.drains: list[float] = []
-        now = threading.Event()
-        now.set()
-        self.ensure = SimpleNamespace(remote=lambda directory: Call(started, now))
+        self.num_asked = 0
+        self._started = started
+        self._now = threading.Event()
+        self._now.set()
+        self.ensure = SimpleNamespace(remote=self._ensure)
         self.stop = SimpleNamespace(remote=self._stop)
+
+    def _ensure(self, directory: str) -> Call:
+        self.num_asked += 1
+        return Call(self._started, self._now)
 
     def _stop(self, drain_s: float) -> Call:
         self.drains.append(drain_s)
@@ -62,6 +68,7 @@ class StandInRay:
         self._started = Started(address=address, pid=1, machine=HEAD, version="0")
         self.actors: dict[str, Actor] = {}
         self.killed: list[str] = []
+        self.restarted: list[str] = []
         self.util = SimpleNamespace(list_named_actors=self._list_named_actors)
 
     def workers(self, role: str) -> list[str]:
@@ -94,7 +101,9 @@ class StandInRay:
         return done, [call for call in calls if call not in done]
 
     def kill(self, actor: Actor, no_restart: bool) -> None:
-        assert no_restart
+        if not no_restart:
+            self.restarted.append(actor.name)
+            return
         del self.actors[actor.name]
         self.killed.append(actor.name)
 
@@ -140,11 +149,40 @@ def settings_that_hurry() -> Settings:
     return Settings(cluster=ClusterSettings(autoscale=hurried))
 
 
-def test_workers_come_and_leave_by_load(workers: tuple[Workers, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    load, address = workers
-    stand_in = StandInRay(address)
+@pytest.fixture
+def stand_in(workers: tuple[Workers, str], monkeypatch: pytest.MonkeyPatch) -> StandInRay:
+    stand_in = StandInRay(workers[1])
     monkeypatch.setattr(module, "ray", stand_in)
     monkeypatch.setattr(module, "configure_logs", lambda *_, **__: None)
+    return stand_in
+
+
+def test_a_process_that_restarts_is_left_alone_until_it_has_ended(stand_in: StandInRay) -> None:
+    controller = Controller(Settings())
+    try:
+        wait_for(lambda: any(state.name == "decode-0" and state.state == "up" for state in controller.members()))
+        actor = stand_in.actors["decode-0"]
+        controller.restart("decode-0", 7.0)
+        wait_for(lambda: actor.drains == [7.0])
+        with pytest.raises(ValueError, match="decode-0 is not up"):
+            controller.restart("decode-0", 7.0)
+        with pytest.raises(ValueError, match="decode-7 is not up"):
+            controller.restart("decode-7", 7.0)
+        num_asked, others = actor.num_asked, stand_in.actors["gateway-0"].num_asked
+        wait_for(lambda: stand_in.actors["gateway-0"].num_asked >= others + 3)
+        assert actor.num_asked <= num_asked + 1  # one may have been on its way; asked now, it would start anew
+        actor.may_leave.set()
+        wait_for(lambda: stand_in.restarted == ["decode-0"])
+        wait_for(lambda: actor.num_asked > num_asked + 1)
+        assert stand_in.killed == []
+    finally:
+        for actor in list(stand_in.actors.values()):
+            actor.may_leave.set()
+        controller.stop()
+
+
+def test_workers_come_and_leave_by_load(workers: tuple[Workers, str], stand_in: StandInRay) -> None:
+    load, _ = workers
     controller = Controller(settings_that_hurry())
     try:
         wait_for(lambda: stand_in.workers("prefill") == ["prefill-0"] and stand_in.workers("decode") == ["decode-0"])

@@ -12,6 +12,7 @@ import torch
 from support.decode_calls import Inside
 
 from kvferry.decode.config import DecodeConfig
+from kvferry.deploy.ranks.context_memory import ContextMemory
 from kvferry.deploy.worker_server import ModelRuntime
 
 BLOCK_SIZE = 32
@@ -132,6 +133,47 @@ async def test_several_answers_share_the_prompt(serve: Start, make_prompt: Any) 
         together.setdefault(chunk.choice, []).append(chunk.token_id)
     assert len(set(map(tuple, together.values()))) == 3
     assert (await workers.generate(prompt, **asked)).tokens == together[0]
+    await Inside.of(workers).assert_all_free()
+
+
+@pytest.mark.parametrize("where", ["leader", "follower"])
+async def test_what_fails_on_one_rank_fails_the_step_only(
+    serve: Start, make_prompt: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The request ends with an error, on whichever rank it was; the worker goes on with the tokens that it had."""
+    workers = await serve(2)
+    prompt = make_prompt(3 * BLOCK_SIZE + 5)
+    expected = await workers.generate(prompt, max_tokens=8)
+    memory = Inside.of(workers).engine._executor.memory
+    assert isinstance(memory, ContextMemory)
+    tables_of, kernels = memory.tables_of, memory.own._kernels
+    share_attention = kernels.share_attention
+    num_faults = 0
+
+    def faulty_tables(rank: int, block_tables: list[list[int]]) -> list[Any]:
+        nonlocal num_faults
+        tables = tables_of(rank, block_tables)
+        if rank == 1 and not num_faults:
+            num_faults += 1
+            return [["no block"] for _ in tables]
+        return tables
+
+    def faulty_attention(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal num_faults
+        if options["layer"] == 1 and not num_faults:
+            num_faults += 1
+            raise ValueError("no attention")
+        return share_attention(*args, **options)
+
+    if where == "follower":
+        monkeypatch.setattr(memory, "tables_of", faulty_tables)
+    else:
+        monkeypatch.setattr(kernels, "share_attention", faulty_attention)
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await workers.generate(prompt, max_tokens=8)
+    assert error.value.code() is grpc.StatusCode.INTERNAL
+    assert num_faults == 1
+    assert (await workers.generate(prompt, max_tokens=8)).tokens == expected.tokens
     await Inside.of(workers).assert_all_free()
 
 
