@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -113,7 +113,10 @@ async def _measure(
                     token_ids = torch.randint(runtime.model.vocab_size, (length,), generator=generator).tolist()
                     order = ("off", "miss", "hit") if number % 2 else ("miss", "hit", "off")
                     for what in order:
-                        taken, usage = await _ttft(runtime, None if what == "off" else store, policy, token_ids)
+                        pieces_of = [] if what == "hit" else range(num_blocks)
+                        taken, usage = await _ttft(
+                            runtime, None if what == "off" else store, policy, token_ids, pieces_of=pieces_of
+                        )
                         if number == 0:  # warms up
                             continue
                         seconds.setdefault((mode, what), []).append(taken)
@@ -144,9 +147,15 @@ async def _measure(
 
 
 async def _ttft(
-    runtime: ModelRuntime, store: StoreClient | None, policy: FetchPolicy, token_ids: list[int]
+    runtime: ModelRuntime,
+    store: StoreClient | None,
+    policy: FetchPolicy,
+    token_ids: list[int],
+    *,
+    pieces_of: Collection[int],
 ) -> tuple[float, PrefillUsage]:
-    """Seconds to the first token, and the usage at the end, when everything is published."""
+    """Seconds to the first token, and the usage at the end, when everything is published. Decode takes the blocks
+    `pieces_of` in pieces, as it does those that the store did not have when it asked."""
     started = time.perf_counter()
     session = PrefillSession(
         token_ids=token_ids,
@@ -157,14 +166,24 @@ async def _ttft(
         fetch_policy=policy,
         config=PrefillConfig(),
         remaining_s=LIMIT_S,
+        pieces_of=pieces_of,
     )
     running = asyncio.create_task(session.run())
+    decoding = asyncio.create_task(_take_pieces(session))
     taken = 0.0
     while not isinstance(event := await session.next_event(), PrefillUsage):
         if isinstance(event, HandoffReady):
             taken = time.perf_counter() - started
     await running
+    decoding.cancel()
+    session.close()
     return taken, event
+
+
+async def _take_pieces(session: PrefillSession) -> None:
+    assert session.pieces is not None
+    while True:
+        await session.pieces.next()
 
 
 @contextmanager

@@ -29,7 +29,7 @@ import grpc.aio
 import xxhash
 
 from kvferry.deploy.bench_store_peer import mooncake_contenders
-from kvferry.deploy.bench_store_tcp import tcp_seconds
+from kvferry.deploy.bench_store_sockets import connect, move_seconds
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.codec import encode_record
 from kvferry.kvstore.config import ClientConfig
@@ -161,15 +161,20 @@ async def _contenders(
     folder.mkdir(parents=True)
     keys = [hashlib.sha256(b"%d" % number).digest() for number in range(count)]
     records = [(key, _record(key, size)) for key in keys]
-    connection = stack.enter_context(_tcp_server())
     contenders: dict[str, tuple[Contender, str]] = {}
 
-    def tcp(put: bool, distinct: bool = False) -> Contender:
-        return lambda: asyncio.to_thread(tcp_seconds, connection, put=put, count=count, size=size, distinct=distinct)
+    def plain(connection: socket.socket, put: bool, distinct: bool = False) -> Contender:
+        return lambda: asyncio.to_thread(move_seconds, connection, put=put, count=count, size=size, distinct=distinct)
 
-    contenders["plain TCP get"] = (tcp(False), "plain TCP get")
-    contenders["plain TCP get, different messages"] = (tcp(False, distinct=True), "plain TCP get")
-    contenders["plain TCP put"] = (tcp(True), "plain TCP put")
+    tcp = stack.enter_context(_plain_server(over_unix=False))
+    contenders["plain TCP get"] = (plain(tcp, False), "plain TCP get")
+    contenders["plain TCP get, different messages"] = (plain(tcp, False, distinct=True), "plain TCP get")
+    contenders["plain TCP put"] = (plain(tcp, True), "plain TCP put")
+    has_unix = sys.platform == "linux"
+    if has_unix:
+        unix = stack.enter_context(_plain_server(over_unix=True))
+        contenders["plain Unix socket get"] = (plain(unix, False), "plain TCP get")
+        contenders["plain Unix socket get, different messages"] = (plain(unix, False, distinct=True), "plain TCP get")
 
     async def sha256() -> float:
         start = time.perf_counter()
@@ -187,8 +192,11 @@ async def _contenders(
 
     contenders["XXH3-128 alone, one thread"] = (xxh3, "plain TCP get")
     memory = await stack.enter_async_context(_node(folder, "memory", "--memory", "4GiB"))
+    over_tcp = await stack.enter_async_context(StoreClient(_client_config(memory.address, use_local=False)))
     over_grpc = await stack.enter_async_context(StoreClient(_client_config(memory.address, use_bulk=False)))
-    contenders["node get: memory"] = (_get(memory, keys), "plain TCP get")
+    if has_unix:
+        contenders["node get: memory"] = (_get(memory, keys), "plain TCP get")
+    contenders["node get: memory, over TCP"] = (_get(over_tcp, keys), "plain TCP get")
     contenders["node get: memory, over gRPC"] = (_get(over_grpc, keys), "plain TCP get")
     contenders["node get: memory, over gRPC, unchecked"] = (_unchecked_get(stack, memory, keys), "plain TCP get")
     contenders["node put: memory"] = (_put(memory, records), "plain TCP put")
@@ -241,6 +249,7 @@ async def _redis_contenders(
         return time.perf_counter() - start
 
     async def tier() -> float:
+        await backend.contains(keys)  # as a look-up does, before every get
         start = time.perf_counter()
         for batch in batches:
             if None in await backend.get(keys[batch]):
@@ -325,17 +334,19 @@ async def _node(folder: Path, name: str, *arguments: str) -> AsyncIterator[Store
             yield client
 
 
-def _client_config(address: str, *, use_bulk: bool = True) -> ClientConfig:
-    return ClientConfig(address=address, lookup_timeout_s=30.0, progress_timeout_s=30.0, use_bulk=use_bulk)
+def _client_config(address: str, *, use_bulk: bool = True, use_local: bool = True) -> ClientConfig:
+    return ClientConfig(
+        address=address, lookup_timeout_s=30.0, progress_timeout_s=30.0, use_bulk=use_bulk, use_local=use_local
+    )
 
 
 @contextlib.contextmanager
-def _tcp_server() -> Iterator[socket.socket]:
+def _plain_server(*, over_unix: bool) -> Iterator[socket.socket]:
+    command = [sys.executable, "-m", "kvferry.deploy.bench_store_sockets", *(["unix"] if over_unix else [])]
     with (
-        _process([sys.executable, "-m", "kvferry.deploy.bench_store_tcp"], None, "") as port,
-        socket.create_connection(("127.0.0.1", int(port)), START_TIMEOUT_S) as connection,
+        _process(command, None, "") as place,
+        connect(place, over_unix=over_unix, timeout_s=START_TIMEOUT_S) as connection,
     ):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield connection
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc.aio
 
 from kvferry.kvstore.bulk_frames import MAGIC, READY, SESSION_BYTES
 from kvferry.kvstore.bulk_reader import BulkReader
-from kvferry.kvstore.bulk_socket import bound_writes, is_quiet
+from kvferry.kvstore.bulk_socket import bound_writes, is_quiet, local_address, send_at_once
 from kvferry.kvstore.config import ClientConfig
 from kvferry.proto import kvstore_pb2 as pb
 
@@ -98,8 +101,11 @@ class BulkConnections:
         try:
             offer = await self._open_session()
             if offer.address:
+                if len(offer.session) != SESSION_BYTES:
+                    raise ValueError("the node's session is none")
                 async with asyncio.timeout(self._config.lookup_timeout_s):
-                    return await self._connect(offer.address, offer.session)
+                    connection = await self._connect(offer)
+                    return await self._greet(connection, offer.session)
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 return None  # the node is away or slow: the get over gRPC will say so
@@ -110,20 +116,22 @@ class BulkConnections:
         _log.info("no bulk port at %s (%s): records come over gRPC", self._config.address, reason)
         return None
 
-    async def _connect(self, address: str, session: bytes) -> socket.socket:
-        """Raises OSError, EOFError or ValueError."""
-        host, _, port = address.rpartition(":")
-        host = (host or self._config.address.rpartition(":")[0]).strip("[]")
-        if len(session) != SESSION_BYTES:
-            raise ValueError("the node's session is none")
+    async def _connect(self, offer: pb.OpenBulkReply) -> socket.socket:
+        """Raises OSError or ValueError."""
         loop = asyncio.get_running_loop()
+        if offer.local and self._config.use_local and sys.platform == "linux":
+            with contextlib.suppress(OSError):  # nobody has this name here: the node is on another machine
+                return await _connected(socket.AF_UNIX, 0, local_address(offer.local))
+        host, _, port = offer.address.rpartition(":")
+        host = (host or self._config.address.rpartition(":")[0]).strip("[]")
         found = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-        family, kind, protocol, _, where = found[0]
-        connection = socket.socket(family, kind, protocol)
+        family, _, protocol, _, where = found[0]
+        return await _connected(family, protocol, where)
+
+    async def _greet(self, connection: socket.socket, session: bytes) -> socket.socket:
+        """The connection, which it closes otherwise. Raises OSError or EOFError."""
+        loop = asyncio.get_running_loop()
         try:
-            connection.setblocking(False)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await loop.sock_connect(connection, where)
             await loop.sock_sendall(connection, MAGIC + session)
             if await loop.sock_recv(connection, 1) != READY:
                 raise EOFError("the node refused the session")
@@ -133,3 +141,16 @@ class BulkConnections:
             connection.close()
             raise
         return connection
+
+
+async def _connected(family: int, protocol: int, address: Any) -> socket.socket:
+    """Non-blocking. Raises OSError."""
+    connection = socket.socket(family, socket.SOCK_STREAM, protocol)
+    try:
+        connection.setblocking(False)
+        send_at_once(connection)
+        await asyncio.get_running_loop().sock_connect(connection, address)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -2,11 +2,14 @@
 
     client   hello    magic (8) | session (40)
     node     ready    one byte, 1
-    client   request  number of keys (4) | timeout, ms (4) | lease id (8) | keys, 32 bytes each
-    node     reply    for each record: index (4) | kind (4) | length (8) | that many bytes
+    client   request  number of keys (4) | timeout, ms (4) | lease id (8) | length of the request id (4)
+                      | the request id, for the node's log | keys, 32 bytes each
+    node     reply    frames: index of the first key (4) | kind (4) | number (8) | body
 
-A reply ends with the last key's record, or before it with a MISSING or a FAILED frame; then the next request may come.
-The node closes the connection on anything else, and when it has been idle or open for too long.
+The body of a RECORDS frame is the lengths of `number` records, 8 bytes each, then the records, end to end. A FAILED
+frame's is a message of `number` bytes. A reply ends with the last key's record, or before it with a MISSING or a
+FAILED frame; then the next request may come. The node closes the connection on anything else, and when it has been idle
+or open for too long.
 """
 
 from __future__ import annotations
@@ -17,29 +20,49 @@ from collections.abc import Sequence
 
 from kvferry.kvstore.errors import BlockNotFound, InvalidRequest, KVStoreError, StoreUnavailable
 
-MAGIC = b"kvfbulk\x01"
+MAGIC = b"kvfbulk\x02"
 SESSION_BYTES = 40
 HELLO_BYTES = len(MAGIC) + SESSION_BYTES
 READY = b"\x01"
-REQUEST = struct.Struct("<IIQ")
+REQUEST = struct.Struct("<IIQI")
 HEADER = struct.Struct("<IIQ")
+LENGTH_BYTES = 8
+MAX_RECORDS = 64
+"""In one frame."""
 MAX_FAILURE_BYTES = 1024
+MAX_REQUEST_ID_BYTES = 128
 _MAX_TIMEOUT_MS = (1 << 32) - 1
 
 
 class Kind(enum.IntEnum):
     """What a frame of a reply is."""
 
-    RECORD = 1
+    RECORDS = 1
     MISSING = 2
     UNAVAILABLE = 3  # FAILED: the bytes are a message
     INVALID = 4  # FAILED: the same, and the node closes the connection
 
 
-def encode_request(keys: Sequence[bytes], *, lease_id: int, timeout_s: float) -> bytes:
+def encode_request(keys: Sequence[bytes], *, lease_id: int, timeout_s: float, request_id: str = "") -> bytes:
     """A get of these keys."""
     timeout_ms = min(max(int(timeout_s * 1000), 0), _MAX_TIMEOUT_MS)
-    return REQUEST.pack(len(keys), timeout_ms, lease_id) + b"".join(keys)
+    told = request_id.encode("ascii")
+    return REQUEST.pack(len(keys), timeout_ms, lease_id, len(told)) + told + b"".join(keys)
+
+
+def encode_records_head(index: int, lengths: Sequence[int]) -> bytes:
+    """What stands before records of these lengths, the first of which is that of keys[index]."""
+    return struct.pack(f"<IIQ{len(lengths)}Q", index, Kind.RECORDS, len(lengths), *lengths)
+
+
+def decode_lengths(body: bytes) -> tuple[int, ...]:
+    """The lengths at the start of a RECORDS frame's body."""
+    return struct.unpack(f"<{len(body) // LENGTH_BYTES}Q", body)
+
+
+def encode_missing(index: int) -> bytes:
+    """The last frame of a reply that lacks keys[index]."""
+    return HEADER.pack(index, Kind.MISSING, 0)
 
 
 def encode_failure(index: int, error: KVStoreError) -> bytes:

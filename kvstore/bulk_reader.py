@@ -1,7 +1,8 @@
 """One get over a bulk connection: a thread receives and checks records, the event loop takes them.
 
-The thread reads ahead until AHEAD_BYTES wait for the caller; then TCP holds the node back. It wakes the loop when
-nothing more is there to receive at once, or a mebibyte is waiting: a wake-up a record cost half of the speed at 64 KiB.
+The thread reads ahead until AHEAD_BYTES wait for the caller, who takes all of them at once; then the socket holds the
+node back. It hands records over and wakes the loop at the end of a frame, after a mebibyte, or when one was slow to
+come: a wake-up a record cost half of the speed at 64 KiB.
 """
 
 from __future__ import annotations
@@ -11,19 +12,30 @@ import contextlib
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor
 
-from kvferry.kvstore.bulk_frames import HEADER, MAX_FAILURE_BYTES, Kind, encode_request, failure, missing
-from kvferry.kvstore.bulk_socket import bound_reads, num_waiting
+from kvferry.kvstore.bulk_frames import (
+    HEADER,
+    LENGTH_BYTES,
+    MAX_FAILURE_BYTES,
+    MAX_RECORDS,
+    Kind,
+    decode_lengths,
+    encode_request,
+    failure,
+    missing,
+)
+from kvferry.kvstore.bulk_socket import bound_reads
 from kvferry.kvstore.codec import Record, decode_moved_record
 from kvferry.kvstore.config import MIB
 from kvferry.kvstore.errors import BlockCorrupt, InvalidRequest, KVStoreError, StoreUnavailable
 from kvferry.kvstore.record_reader import Read
+from kvferry.proto.request_id import current_request_id
 
 AHEAD_BYTES = 2 * MIB
 _WAKE_BYTES = MIB
+_SLOW_S = 0.001
 
 
 class _Checked:
@@ -60,33 +72,34 @@ class BulkReader:
         self._keys = keys
         self._namespace = namespace
         self._lease_id = lease_id
+        self._request_id = current_request_id()
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
         self._progress_timeout_s = progress_timeout_s
         self._max_record_bytes = max_record_bytes
         self._loop = asyncio.get_running_loop()
         self._changed = threading.Condition()  # guards all below
-        self._ahead: deque[Read | Exception] = deque()
+        self._ahead: list[Read] = []
         self._ahead_bytes = 0
+        self._error: Exception | None = None  # what comes after them
         self._waiter: asyncio.Future[None] | None = None
         self._is_closed = False
         self._is_over = False  # the whole reply was read: the connection can serve another get
-        self._untold_bytes = 0  # the thread's own
+        self._fresh: list[Read] = []  # the thread's own, as the next
+        self._fresh_bytes = 0
         self._thread = self._loop.run_in_executor(executor, self._run)
         self._thread.add_done_callback(lambda _: done(connection, self._is_over))
 
-    async def next(self) -> Read:
+    async def next(self) -> Sequence[Read]:
         """See `Reader`."""
         while True:
             with self._changed:
                 if self._ahead:
-                    item = self._ahead[0]
-                    if isinstance(item, Exception):
-                        raise item
-                    self._ahead.popleft()
-                    self._ahead_bytes -= item.num_bytes
+                    reads, self._ahead, self._ahead_bytes = self._ahead, [], 0
                     self._changed.notify()
-                    return item
+                    return reads
+                if self._error is not None:
+                    raise self._error
                 waiter = self._waiter = self._loop.create_future()
             await waiter
 
@@ -106,48 +119,64 @@ class BulkReader:
             self._receive_all()
         except (BlockingIOError, TimeoutError):
             if time.monotonic() >= self._deadline:
-                self._end(StoreUnavailable(f"the get took longer than its {self._timeout_s:.3g} s"))
+                self._hand_over(StoreUnavailable(f"the get took longer than its {self._timeout_s:.3g} s"))
             else:
-                self._end(StoreUnavailable(f"the store sent nothing for {self._progress_timeout_s} s"))
+                self._hand_over(StoreUnavailable(f"the store sent nothing for {self._progress_timeout_s} s"))
         except (OSError, EOFError) as error:
-            self._end(StoreUnavailable(f"the connection to the node ended before the last record: {error}"))
+            self._hand_over(StoreUnavailable(f"the connection to the node ended before the last record: {error}"))
         except KVStoreError as error:
-            self._end(error)
+            self._hand_over(error)
         except BaseException as error:  # a defect: the caller must not wait for ever
-            self._end(StoreUnavailable(f"the get failed unexpectedly: {error!r}"))
+            self._hand_over(StoreUnavailable(f"the get failed unexpectedly: {error!r}"))
             raise
 
     def _receive_all(self) -> None:
         self._bound_reads()
-        request = encode_request(self._keys, lease_id=self._lease_id, timeout_s=self._deadline - time.monotonic())
+        timeout_s = self._deadline - time.monotonic()
+        request = encode_request(self._keys, lease_id=self._lease_id, timeout_s=timeout_s, request_id=self._request_id)
         self._connection.sendall(request)
-        num_keys = len(self._keys)
-        for due, key in enumerate(self._keys):
-            self._wait_for_room()
-            index, kind, num_bytes = HEADER.unpack(self._receive(HEADER.size))
+        num_keys, due = len(self._keys), 0
+        while due < num_keys:
+            index, kind, number = HEADER.unpack(self._receive(HEADER.size))
             if index != due:
                 raise BlockCorrupt("the node sent another block than the one that is due")
-            if kind == Kind.MISSING and num_bytes == 0:
+            if kind == Kind.MISSING and number == 0:
                 self._is_over = True
                 raise missing(due, num_keys)
-            if kind in (Kind.UNAVAILABLE, Kind.INVALID) and num_bytes <= MAX_FAILURE_BYTES:
-                message = self._receive(num_bytes)
+            if kind in (Kind.UNAVAILABLE, Kind.INVALID) and number <= MAX_FAILURE_BYTES:
+                message = self._receive(number)
                 self._is_over = kind == Kind.UNAVAILABLE
                 raise failure(kind, message)
-            if kind != Kind.RECORD or num_bytes == 0:
+            if kind != Kind.RECORDS or not 1 <= number <= min(MAX_RECORDS, num_keys - due):
                 raise BlockCorrupt("the node sent a frame that is none")
+            lengths = decode_lengths(self._receive(number * LENGTH_BYTES))
+            if not self._receive_records(self._keys[due : due + number], lengths):
+                return  # the caller stops at the damaged one
+            due += number
+            self._is_over = due == num_keys
+            self._hand_over()
+
+    def _receive_records(self, keys: Sequence[bytes], lengths: Sequence[int]) -> bool:
+        """Whether all of one frame's records were intact; else they were so up to the last one."""
+        for key, num_bytes in zip(keys, lengths, strict=True):
+            if num_bytes == 0:
+                raise BlockCorrupt("the node sent a record that is none")
             if num_bytes > self._max_record_bytes:
                 raise InvalidRequest(
                     f"the stored record has {num_bytes} bytes, over this client's max_record_bytes = "
                     f"{self._max_record_bytes}"
                 )
-            record = self._receive(num_bytes)
-            outcome = self._check(record, key)
-            self._is_over = due + 1 == num_keys
-            self._add(Read(num_bytes, _Checked(outcome)))
+            self._wait_for_room()
+            started = time.monotonic()
+            outcome = self._check(self._receive(num_bytes), key)
+            self._fresh.append(Read(num_bytes, _Checked(outcome)))
+            self._fresh_bytes += num_bytes
             if isinstance(outcome, BlockCorrupt):
-                self._tell()
-                return  # the caller stops here
+                self._hand_over()
+                return False
+            if self._fresh_bytes >= _WAKE_BYTES or time.monotonic() - started > _SLOW_S:
+                self._hand_over()
+        return True
 
     def _check(self, record: bytes, key: bytes) -> Record | BlockCorrupt:
         try:
@@ -180,39 +209,28 @@ class BulkReader:
         bound_reads(self._connection, min(self._progress_timeout_s, left_s))
 
     def _wait_for_room(self) -> None:
-        if self._ahead_bytes < AHEAD_BYTES and time.monotonic() + self._progress_timeout_s < self._deadline:
+        if (
+            self._ahead_bytes + self._fresh_bytes < AHEAD_BYTES
+            and time.monotonic() + self._progress_timeout_s < self._deadline
+        ):
             return
-        self._tell()
+        self._hand_over()
         with self._changed:
             while self._ahead_bytes >= AHEAD_BYTES and not self._is_closed:
                 if not self._changed.wait(max(0.0, self._deadline - time.monotonic())):
                     raise TimeoutError
         self._bound_reads()
 
-    def _add(self, read: Read) -> None:
+    def _hand_over(self, error: Exception | None = None) -> None:
+        """Gives the caller what has come, and wakes it if it waits."""
         with self._changed:
-            self._ahead.append(read)
-            self._ahead_bytes += read.num_bytes
-        self._untold_bytes += read.num_bytes
-        if (
-            self._untold_bytes >= _WAKE_BYTES
-            or self._is_over
-            or num_waiting(self._connection) < HEADER.size + read.num_bytes
-        ):
-            self._tell()
-
-    def _tell(self) -> None:
-        """Wakes the caller, if it waits."""
-        self._untold_bytes = 0
-        with self._changed:
+            self._ahead += self._fresh
+            self._ahead_bytes += self._fresh_bytes
+            self._error = error
             waiter, self._waiter = self._waiter, None
+        self._fresh, self._fresh_bytes = [], 0
         if waiter is not None:
             self._loop.call_soon_threadsafe(_wake, waiter)
-
-    def _end(self, error: Exception) -> None:
-        with self._changed:
-            self._ahead.append(error)
-        self._tell()
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

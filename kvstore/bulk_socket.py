@@ -6,16 +6,33 @@ takes a whole record in one call, into fresh bytes that nobody filled with zeros
 
 from __future__ import annotations
 
-import fcntl
 import socket
 import struct
-import termios
 from collections.abc import Sequence
 
 _TIMEVAL = struct.Struct("@ll")
 Bytes = bytes | memoryview
 _SEND_BYTES = 256 << 10
 """What one call sends, a record more or less."""
+
+
+def listen_locally(name: str) -> socket.socket:
+    """On the Unix socket `name` in the abstract namespace, which Linux alone has."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(local_address(name))
+    listening.listen(128)
+    return listening
+
+
+def local_address(name: str) -> str:
+    """What to bind or connect to for a name in the abstract namespace. It is gone with its last socket."""
+    return f"\0{name}"
+
+
+def send_at_once(connection: socket.socket) -> None:
+    """Not held back until earlier bytes were acknowledged, as TCP would."""
+    if connection.family != socket.AF_UNIX:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def bound_reads(connection: socket.socket, seconds: float) -> None:
@@ -42,30 +59,22 @@ def receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:
 
 def send_all(connection: socket.socket, parts: Sequence[Bytes]) -> None:
     """Sends the parts, without joining them. Raises BlockingIOError when the other side takes nothing."""
-    group: list[memoryview] = []
-    num_bytes = 0
-    for part in parts:
-        group.append(memoryview(part))
+    start, num_bytes = 0, 0
+    for end, part in enumerate(parts, 1):
         num_bytes += len(part)
-        if num_bytes >= _SEND_BYTES:
-            _send_group(connection, group)
-            group, num_bytes = [], 0
-    _send_group(connection, group)
+        if num_bytes >= _SEND_BYTES or end == len(parts):
+            sent = connection.sendmsg(parts[start:end])
+            if sent < num_bytes:
+                _send_rest(connection, parts[start:end], sent)
+            start, num_bytes = end, 0
 
 
-def _send_group(connection: socket.socket, left: list[memoryview]) -> None:
-    while left:
-        sent = connection.sendmsg(left)
-        while left and sent >= left[0].nbytes:
-            sent -= left.pop(0).nbytes
-        if sent:
-            left[0] = left[0][sent:]
-
-
-def num_waiting(connection: socket.socket) -> int:
-    """Bytes that have come and were not read."""
-    answer = fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4))
-    return int.from_bytes(answer, "little")
+def _send_rest(connection: socket.socket, parts: Sequence[Bytes], sent: int) -> None:
+    """The parts but for their first `sent` bytes."""
+    for part in parts:
+        if sent < len(part):
+            connection.sendall(memoryview(part)[sent:])
+        sent = max(0, sent - len(part))
 
 
 def is_quiet(connection: socket.socket) -> bool:

@@ -141,23 +141,26 @@ class StoreClient:
         keys = _checked_keys(keys)
         timeout = self._config.get_timeout_s if timeout_s is None else timeout_s
         reader: Reader | None = None
+        index = 0
         try:
-            for index, key in enumerate(keys):
+            while index < len(keys):
                 with self._answering():
                     if reader is None:
                         reader = await self._getter.begin(
                             keys, namespace=namespace, lease_id=lease_id, timeout_s=timeout
                         )
-                    num_bytes, check = await reader.next()
-                try:
-                    record = await check
-                except BlockCorrupt as error:
-                    self.counters.corrupt += 1
-                    await reader.close()
-                    await self._delete_damaged(key)
-                    raise BlockCorrupt(f"block {index} of {len(keys)}: {error}") from error
-                self.counters.bytes_read += num_bytes
-                yield record
+                    reads = await reader.next()
+                for num_bytes, check in reads:
+                    try:
+                        record = await check
+                    except BlockCorrupt as error:
+                        self.counters.corrupt += 1
+                        await reader.close()
+                        await self._delete_damaged(keys[index])
+                        raise BlockCorrupt(f"block {index} of {len(keys)}: {error}") from error
+                    self.counters.bytes_read += num_bytes
+                    index += 1
+                    yield record
         finally:
             if reader is not None:
                 await reader.close()

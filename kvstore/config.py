@@ -79,6 +79,7 @@ class ClientConfig:
     progress_timeout_s: float = 1.0  # the longest wait for the next frame of a get
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
     use_bulk: bool = True  # get records over the node's bulk port where it offers one; else over gRPC
+    use_local: bool = True  # and over its Unix socket where the node is on this machine
     # One failure opens the breaker: probing is done in the background, so an open breaker costs
     # a request nothing, while every further live attempt at a stopped node costs a full timeout.
     failure_threshold: int = 1

@@ -93,7 +93,7 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
     async def OpenBulk(self, request: pb.OpenBulkRequest, context: Any) -> pb.OpenBulkReply:
         """A session on the bulk port, where there is one with room."""
         offer = None if self._bulk is None else self._bulk.open_session()
-        return pb.OpenBulkReply() if offer is None else pb.OpenBulkReply(address=offer.address, session=offer.session)
+        return pb.OpenBulkReply() if offer is None else pb.OpenBulkReply(**offer._asdict())
 
     async def Put(self, request_iterator: AsyncIterator[pb.PutFrame | memoryview], context: Any) -> pb.PutReply:
         """Stages, verifies, then makes the record visible with one backend call."""

@@ -10,7 +10,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kvferry.kvstore.client import LookupResult
 from kvferry.kvstore.codec import Record, verify_record
@@ -84,7 +84,7 @@ class ReadCache:
             return None
         self._records.move_to_end(key)
         self.counters.hits += 1
-        return replace(record, nbytes=0)
+        return record._replace(nbytes=0)
 
     async def follow(self, key: bytes, namespace: bytes) -> Record | None:
         """The record from a get that is reading it now; None when there is no such get, or it does not come to it."""
@@ -96,7 +96,7 @@ class ReadCache:
         if record is None or record.header.namespace != namespace:
             return None
         self.counters.joined += 1
-        return replace(record, nbytes=0)
+        return record._replace(nbytes=0)
 
     def has(self, key: bytes) -> bool:
         """Whether it is in memory."""

@@ -26,8 +26,8 @@ class Read(NamedTuple):
 class Reader(Protocol):
     """One running get, over gRPC (`RecordReader`) or the bulk port (`BulkReader`)."""
 
-    async def next(self) -> Read:
-        """The next record in order. Raises what ended the get before it."""
+    async def next(self) -> Sequence[Read]:
+        """The next records in order, one or more. Raises what ended the get before them."""
         ...
 
     async def close(self) -> None:
@@ -55,12 +55,12 @@ class RecordReader:
         self._ahead: asyncio.Queue[Read | Exception] = asyncio.Queue(_RECORDS_AHEAD)
         self._task = asyncio.create_task(self._read_all(), name="kvstore-read-ahead")
 
-    async def next(self) -> Read:
-        """The next record in order, with its running check. Raises what ended the call before it."""
+    async def next(self) -> Sequence[Read]:
+        """See `Reader`: one, with its running check."""
         item = await self._ahead.get()
         if isinstance(item, Exception):
             raise item
-        return item
+        return (item,)
 
     async def close(self) -> None:
         """Cancels the call and forgets what was read ahead."""

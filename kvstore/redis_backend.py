@@ -18,6 +18,7 @@ from kvferry.kvstore.backend import HEAD_BYTES, BackendStats, Entry, Page
 from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES, MIB
 from kvferry.kvstore.errors import InvalidRequest, StoreFull, StoreUnavailable
 from kvferry.kvstore.key import KEY_BYTES
+from kvferry.kvstore.known_sizes import KnownSizes
 from kvferry.kvstore.lease import LeaseTable
 from kvferry.kvstore.redis_place import RedisPlace
 
@@ -48,6 +49,7 @@ class RedisBackend:
         self._key_prefix = key_prefix
         self._op_timeout_s = op_timeout_s
         self._max_record_bytes = max_record_bytes
+        self._known_sizes = KnownSizes()
         self._place = place.text
         self._redis: Any = place.connect(
             max_connections=max_connections, connect_timeout_s=connect_timeout_s, op_timeout_s=op_timeout_s
@@ -66,8 +68,9 @@ class RedisBackend:
     async def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See Backend.get. A value over the limit comes back cut, so damaged.
 
-        One round trip for the sizes, then several records in each, _BYTES_PER_ROUND_TRIP at most. GETRANGE would
-        bound them without the first one, but moves records at half of GET's speed.
+        One round trip for the sizes, unless `contains` or `put` learned them a moment ago, then several records in
+        each, _BYTES_PER_ROUND_TRIP at most. GETRANGE would bound them without the first one, but moves records at half
+        of GET's speed.
         """
         records: list[bytes | None] = []
         async with self._errors_mapped("read"):
@@ -84,19 +87,26 @@ class RedisBackend:
     async def put(self, key: bytes, record: bytes) -> bool:
         """See Backend.put."""
         async with self._errors_mapped("write"):
-            return await self._redis.set(self._name(key), record, nx=True) is not None
+            stored = await self._redis.set(self._name(key), record, nx=True) is not None
+        if stored:
+            self._known_sizes.learn(key, len(record))
+        return stored
 
     async def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        """See Backend.contains. One round trip."""
-        async with self._errors_mapped("read"), self._redis.pipeline(transaction=False) as pipe:
-            for key in reversed(keys):  # the last one asked for is the most recently used
-                pipe.exists(self._name(key))
-            return [bool(self._value(reply)) for reply in reversed(await pipe.execute(raise_on_error=False))]
+        """See Backend.contains. One round trip; it asks for the sizes, so that a get need not, and an empty value is
+        none."""
+        async with self._errors_mapped("read"):
+            # The last one asked for is the most recently used.
+            sizes = await self._ask_sizes(keys[::-1])
+        return [size != 0 for size in reversed(sizes)]
 
     async def delete(self, keys: Sequence[bytes] | None) -> int:
         """See Backend.delete. Deleting all scans the database; other prefixes stay."""
         if keys is None:
+            self._known_sizes.clear()
             return await self._delete_all()
+        for key in keys:
+            self._known_sizes.forget(key)
         async with self._errors_mapped("delete"), self._redis.pipeline(transaction=False) as pipe:
             # One command a key: in a cluster the keys of one command must be in one slot.
             for key in keys:
@@ -168,12 +178,24 @@ class RedisBackend:
         return self._key_prefix + key
 
     async def _sizes(self, keys: Sequence[bytes]) -> list[int]:
+        """As `_ask_sizes`, of which it asks what is not known."""
+        known = {key: self._known_sizes.get(key) for key in keys}
+        unknown = [key for key, size in known.items() if size is None]
+        if unknown:
+            known.update(zip(unknown, await self._ask_sizes(unknown), strict=True))
+        return [known[key] or 0 for key in keys]
+
+    async def _ask_sizes(self, keys: Sequence[bytes]) -> list[int]:
         """Bytes of each value; 0 where there is none, _WRONG_TYPE where it is no string."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.strlen(self._name(key))
             replies = await pipe.execute(raise_on_error=False)
-        return [_WRONG_TYPE if _is_wrong_type(reply) else int(self._value(reply) or 0) for reply in replies]
+        sizes = [_WRONG_TYPE if _is_wrong_type(reply) else int(self._value(reply) or 0) for reply in replies]
+        for key, size in zip(keys, sizes, strict=True):
+            if size > 0:
+                self._known_sizes.learn(key, size)
+        return sizes
 
     async def _values(self, keys: Sequence[bytes], sizes: Sequence[int]) -> list[bytes | None]:
         async with self._redis.pipeline(transaction=False) as pipe:
@@ -184,8 +206,14 @@ class RedisBackend:
                 elif size > 0:
                     pipe.get(self._name(key))
             replies = iter(await pipe.execute(raise_on_error=False))
-        # A value may have gone, or changed its type, since its size was asked.
-        return [(self._value(next(replies)) or None) if size > 0 else b"" if size < 0 else None for size in sizes]
+        values: list[bytes | None] = []
+        for key, size in zip(keys, sizes, strict=True):
+            value = b"" if size < 0 else (self._value(next(replies)) or None) if size > 0 else None
+            if value is None or len(value) != size:
+                # It has gone, or is another one than when its size was asked.
+                self._known_sizes.forget(key)
+            values.append(value)
+        return values
 
     async def _delete_all(self) -> int:
         deleted = 0

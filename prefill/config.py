@@ -36,6 +36,9 @@ class PrefillConfig:
     up much earlier by the store client. What came by then is used."""
     put_timeout_s: float = 2.0
     """Longest put of one block."""
+    publish_delay_s: float = 1.0
+    """How long a finished block that decode does not wait for may wait for the end of its prompt's computing before it
+    is put. A request that is cancelled loses the blocks of this time."""
     publish_grace_s: float = 0.2
     """How long after the first token decode waits for blocks that are being published; then it takes them from here."""
     publish_timeout_s: float = 10.0

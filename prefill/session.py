@@ -212,7 +212,7 @@ class PrefillSession:
     async def _compute(self) -> None:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[list[SampledToken]] = loop.create_future()
-        finished_blocks: asyncio.Queue[int | None] = asyncio.Queue()
+        finished_blocks: asyncio.Queue[tuple[int, float] | None] = asyncio.Queue()
 
         def finish_block(index: int) -> None:
             self._progress.set()
@@ -220,7 +220,7 @@ class PrefillSession:
                 self.pieces.block_packed(index)
             else:
                 self._unannounced.add(index)
-            finished_blocks.put_nowait(index)
+            finished_blocks.put_nowait((index, time.monotonic()))
 
         def finish(tokens: list[SampledToken]) -> None:
             done.set_result(tokens)
@@ -247,7 +247,7 @@ class PrefillSession:
         if self.pieces is not None:
             job.on_layer = _on_loop(loop, done, self.pieces.layer_packed)
         self._engine.submit(job)
-        publisher = asyncio.create_task(self._publish(finished_blocks))
+        publisher = asyncio.create_task(self._publish(finished_blocks, done))
         try:
             tokens = await self._until_deadline(done)
             self._usage.queue_seconds = job.queue_seconds or 0.0
@@ -283,9 +283,17 @@ class PrefillSession:
         else:
             logger.warning("the store is too slow: some blocks of a prompt were not stored")
 
-    async def _publish(self, finished: asyncio.Queue[int | None]) -> None:
-        """Puts each finished block while the next ones are computed, and announces it."""
-        while (index := await finished.get()) is not None:
+    async def _publish(
+        self, finished: asyncio.Queue[tuple[int, float] | None], computed: asyncio.Future[list[SampledToken]]
+    ) -> None:
+        """Puts each finished block and announces it: at once where decode waits for it, else when the prompt is
+        computed, or after `publish_delay_s`. A put takes the processor from the passes, and a short prompt's first
+        token need not wait for it."""
+        while (block := await finished.get()) is not None:
+            index, finished_at = block
+            wait_s = finished_at + self._config.publish_delay_s - time.monotonic()
+            if index not in self._unannounced and wait_s > 0:
+                await asyncio.wait([computed], timeout=wait_s)
             self._announce(index, in_store=await self._put(index))
 
     def _announce(self, index: int, *, in_store: bool) -> None:

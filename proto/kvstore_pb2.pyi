@@ -150,19 +150,23 @@ class OpenBulkReply(_message.Message):
 
     ADDRESS_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    LOCAL_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """host:port, or :port on the host of this channel; empty: use Get"""
     session: _builtins.bytes
     """40 bytes, for one connection, to be made now"""
+    local: _builtins.str
+    """the same on a Unix socket of this name in Linux's abstract namespace; empty: none"""
     def __init__(
         self,
         *,
         address: _builtins.str = ...,
         session: _builtins.bytes = ...,
+        local: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "local", b"local", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,11 +28,14 @@ KV_MEMORY = 256 * 2**20
 
 
 async def _store(config: dict[str, Any]) -> None:
-    server = KVStoreServer(make_backend(StoreConfig(memory_bytes=STORE_BYTES)), NodeConfig())
+    is_shaped = config["bits_per_s"] is not None
+    # The bulk port would lead past the relay.
+    node = NodeConfig(bulk_port=None if is_shaped else 0)
+    server = KVStoreServer(make_backend(StoreConfig(memory_bytes=STORE_BYTES)), node)
     await server.start()
     address = server.address
     link = None
-    if config["bits_per_s"] is not None:
+    if is_shaped:
         link = SlowLink(address, bits_per_s=config["bits_per_s"])
         address = await link.start()
     await _until_told(address)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import struct
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
@@ -14,7 +16,18 @@ import pytest
 from support.store_processes import NAMESPACE, key_of, record_of
 
 from kvferry.kvstore import BlockCorrupt, BlockNotFound, InvalidRequest, StoreUnavailable
-from kvferry.kvstore.bulk_frames import HEADER, MAGIC, READY, REQUEST, SESSION_BYTES, Kind, encode_request
+from kvferry.kvstore.bulk_frames import (
+    HEADER,
+    MAGIC,
+    MAX_RECORDS,
+    READY,
+    REQUEST,
+    SESSION_BYTES,
+    Kind,
+    decode_lengths,
+    encode_records_head,
+    encode_request,
+)
 from kvferry.kvstore.bulk_sessions import BulkSessions
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import ClientConfig, NodeConfig
@@ -23,6 +36,7 @@ from kvferry.kvstore.memory_backend import MemoryBackend
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto import kvstore_pb2_grpc
+from kvferry.proto.request_id import bind_request_id, current_request_id
 
 LIMIT_S = 20.0
 KEYS = [key_of(number) for number in range(8)]
@@ -84,6 +98,62 @@ async def test_records_come_over_the_bulk_port(num_bytes: int) -> None:
         assert server.counters.bulk_gets == 4 and server.counters.hits == 32
         assert client.counters.bytes_read == 4 * sum(len(record_of(number, num_bytes)) for number in range(8))
         assert server.bulk is not None and server.bulk.num_connections == 1, "one connection serves them all"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the abstract namespace of Unix sockets is Linux's")
+@pytest.mark.parametrize(
+    ("node_config", "client_config", "family"),
+    [
+        ({}, {}, socket.AF_UNIX),
+        ({}, {"use_local": False}, socket.AF_INET),
+        ({"bulk_address": "127.0.0.1:{port}"}, {}, socket.AF_INET),
+    ],
+    ids=["same machine", "not wanted", "led elsewhere"],
+)
+async def test_which_socket_serves(
+    node_config: dict[str, str], client_config: dict[str, object], family: socket.AddressFamily
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told = {name: value.format(port=port) for name, value in node_config.items()}
+    async with node(bulk_port=port, **told) as server, client_of(server, **client_config) as client:
+        assert await get(client, KEYS) == list(range(8))
+        assert server.bulk is not None
+        assert [connection._socket.family for connection in server.bulk._connections] == [family]
+        assert client.counters.bulk_gets == 1
+
+
+async def test_a_local_name_that_nobody_has_leads_to_the_port() -> None:
+    """As on another machine."""
+    async with node() as server, client_of(server) as client:
+        assert server.bulk is not None
+        server.bulk._local_name = "kvferry-bulk-of-another-machine"
+        assert await get(client, KEYS) == list(range(8))
+        assert [connection._socket.family for connection in server.bulk._connections] == [socket.AF_INET]
+
+
+async def test_the_request_id_is_in_the_nodes_log(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+
+    class Ids(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            seen.append(current_request_id())
+            return True
+
+    ids = Ids()
+    logger = logging.getLogger("kvferry.kvstore.bulk_server")
+    caplog.set_level(logging.DEBUG, logger.name)
+    logger.addFilter(ids)
+    try:
+        async with node() as server, client_of(server) as client:
+            bind_request_id("request-7")
+            await get(client, KEYS)
+            bind_request_id("")
+            await get(client, KEYS)
+    finally:
+        logger.removeFilter(ids)
+    assert seen == ["request-7", ""]
 
 
 async def test_gets_at_once_and_one_that_nobody_reads() -> None:
@@ -184,7 +254,9 @@ async def test_sessions_are_for_one_connection() -> None:
                 writer_again.close()
                 writer.write(encode_request(KEYS[:1], lease_id=0, timeout_s=5.0))
                 head = await asyncio.wait_for(reader.readexactly(HEADER.size), LIMIT_S)
-                assert HEADER.unpack(head) == (0, Kind.RECORD, len(record_of(0)))
+                assert HEADER.unpack(head) == (0, Kind.RECORDS, 1)
+                lengths = decode_lengths(await asyncio.wait_for(reader.readexactly(8), LIMIT_S))
+                assert lengths == (len(record_of(0)),)
             writer.close()
 
 
@@ -200,7 +272,9 @@ def test_sessions_expire_and_are_bounded() -> None:
     assert not sessions.redeem(b"") and not sessions.redeem(bytes(SESSION_BYTES))
 
 
-@pytest.mark.parametrize("request_", [REQUEST.pack(0, 1000, 0), REQUEST.pack((1 << 32) - 1, 1000, 0)])
+@pytest.mark.parametrize(
+    "request_", [REQUEST.pack(0, 1000, 0, 0), REQUEST.pack((1 << 32) - 1, 1000, 0, 0), REQUEST.pack(1, 1000, 0, 129)]
+)
 async def test_an_impossible_request_is_refused_before_memory_is_taken(request_: bytes) -> None:
     async with node() as server:
         reader, writer = await connect(server, (await offer(server)).session)
@@ -260,35 +334,44 @@ async def fake(reply: bytes, *, stays: bool) -> AsyncIterator[StoreClient]:
     await server.stop(0.2)
 
 
-def frame(index: int, kind: int, body: bytes, num_bytes: int | None = None) -> bytes:
-    return HEADER.pack(index, kind, len(body) if num_bytes is None else num_bytes) + body
+def frame(index: int, kind: int, body: bytes, number: int | None = None) -> bytes:
+    return HEADER.pack(index, kind, len(body) if number is None else number) + body
+
+
+def frame_of(index: int, *records: bytes) -> bytes:
+    return encode_records_head(index, [len(record) for record in records]) + b"".join(records)
 
 
 @pytest.mark.parametrize("stays", [False, True], ids=["cut", "silent"])
 async def test_a_reply_that_ends_at_any_byte(stays: bool) -> None:
     """The records that came whole are used; then the get fails in time."""
-    whole = b"".join(frame(number, Kind.RECORD, record_of(number, 300)) for number in range(3))
-    size = len(whole) // 3
+    records = [record_of(number, 300) for number in range(4)]
+    whole = frame_of(0, records[0]) + frame_of(1, *records[1:3]) + frame_of(3, records[3])
+    size = len(records[0])
+    ends = [24 + size, 24 + size + 32 + size, 24 + size + 32 + 2 * size]
     step = 97 if stays else 17
     for length in range(0, len(whole), step):
         async with fake(whole[:length], stays=stays) as client:
             seen = []
             async with asyncio.timeout(LIMIT_S):
                 with pytest.raises(StoreUnavailable):
-                    async for record in client.get(KEYS[:3], namespace=NAMESPACE):
+                    async for record in client.get(KEYS[:4], namespace=NAMESPACE):
                         seen.append(record.header.block_index)
-            assert seen == list(range(length // size))
+            assert seen == list(range(sum(end <= length for end in ends)))
             assert client.counters.failures == 1 and client.counters.bulk_gets == 1
 
 
 @pytest.mark.parametrize(
     ("reply", "error"),
     [
-        (frame(1, Kind.RECORD, record_of(0)), BlockCorrupt),
+        (frame_of(1, record_of(0)), BlockCorrupt),
         (frame(0, 9, record_of(0)), BlockCorrupt),
-        (frame(0, Kind.RECORD, b""), BlockCorrupt),
+        (frame_of(0, b""), BlockCorrupt),
+        (frame(0, Kind.RECORDS, b""), BlockCorrupt),
+        (frame_of(0, record_of(0), record_of(1)), BlockCorrupt),
+        (frame(0, Kind.RECORDS, b"", (1 << 64) - 1), BlockCorrupt),
         (frame(0, Kind.MISSING, b"x"), BlockCorrupt),
-        (frame(0, Kind.RECORD, b"", (1 << 64) - 1), InvalidRequest),
+        (frame(0, Kind.RECORDS, struct.pack("<Q", (1 << 64) - 1), 1), InvalidRequest),
         (frame(0, Kind.UNAVAILABLE, b"", 1 << 40), BlockCorrupt),
         (frame(0, Kind.UNAVAILABLE, b"Redis is away"), StoreUnavailable),
         (frame(0, Kind.INVALID, b"no \xff"), InvalidRequest),
@@ -298,6 +381,20 @@ async def test_what_a_node_may_not_say(reply: bytes, error: type[Exception]) -> 
     async with fake(reply, stays=True) as client, asyncio.timeout(LIMIT_S):
         with pytest.raises(error):
             await get(client, KEYS[:1])
+
+
+async def test_a_frame_has_a_bound() -> None:
+    records = [record_of(number, 10) for number in range(MAX_RECORDS + 1)]
+    async with fake(frame_of(0, *records), stays=True) as client, asyncio.timeout(LIMIT_S):
+        with pytest.raises(BlockCorrupt):
+            await get(client, [key_of(number) for number in range(MAX_RECORDS + 1)])
+
+
+@pytest.mark.parametrize("num_bytes", [10, 100_000])
+async def test_more_records_than_a_frame_has(num_bytes: int) -> None:
+    num_records = 3 * MAX_RECORDS + 1
+    async with node(num_records=num_records, num_bytes=num_bytes) as server, client_of(server) as client:
+        assert await get(client, [key_of(number) for number in range(num_records)]) == list(range(num_records))
 
 
 async def test_a_node_that_stops_ends_running_gets() -> None:
@@ -348,4 +445,6 @@ async def test_beside_credentials_no_bulk_port_is_offered() -> None:
 
 def test_the_request_is_pinned() -> None:
     request = encode_request(KEYS[:2], lease_id=7, timeout_s=1.5)
-    assert request == struct.pack("<IIQ", 2, 1500, 7) + KEYS[0] + KEYS[1]
+    assert request == struct.pack("<IIQI", 2, 1500, 7, 0) + KEYS[0] + KEYS[1]
+    request = encode_request(KEYS[:1], lease_id=7, timeout_s=1.5, request_id="a-1")
+    assert request == struct.pack("<IIQI", 1, 1500, 7, 3) + b"a-1" + KEYS[0]

@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from kvferry.kvstore import StoreFull, StoreUnavailable
+from kvferry.kvstore.known_sizes import KNOWN_S, MAX_KEYS, KnownSizes
 from kvferry.kvstore.redis_backend import RedisBackend
 
 _KEYS = [bytes([number]) * 32 for number in range(12)]
@@ -75,6 +76,61 @@ async def test_foreign_values_come_back_bounded(shared_redis: Any, prefix: bytes
         assert cut is not None and len(cut) == 101, "one over the limit, so it is refused"
         assert wrong_type == b""
         assert good == b"good"
+
+
+async def test_a_get_after_a_lookup_is_one_round_trip(shared_redis: Any, prefix: bytes) -> None:
+    async with _backend(shared_redis.url, key_prefix=prefix) as backend:
+        for number in range(3):
+            await backend.put(_KEYS[number], bytes(100 + number))
+        backend._known_sizes.clear()
+        with redis.Redis(port=shared_redis.port) as admin:
+
+            def asked() -> int:
+                return int(admin.info("commandstats").get("cmdstat_strlen", {}).get("calls", 0))
+
+            before = asked()
+            assert await backend.contains(_KEYS[:4]) == [True, True, True, False]
+            assert asked() == before + 4
+            for _ in range(2):
+                assert await backend.get(_KEYS[:3]) == [bytes(100), bytes(101), bytes(102)]
+            assert asked() == before + 4
+            assert await backend.get(_KEYS[2:4]) == [bytes(102), None]
+            assert asked() == before + 5
+            await backend.delete(_KEYS[:1])
+            admin.delete(prefix + _KEYS[1])
+            assert await backend.get(_KEYS[:3]) == [None, None, bytes(102)]
+            assert asked() == before + 6
+            admin.set(prefix + _KEYS[1], bytes(7))
+            assert await backend.get(_KEYS[1:3]) == [bytes(7), bytes(102)]
+            assert asked() == before + 7
+
+
+async def test_what_a_lookup_says_of_a_foreign_type(shared_redis: Any, prefix: bytes) -> None:
+    """It is there, so that the get finds it damaged and the node deletes it."""
+    with redis.Redis(port=shared_redis.port) as admin:
+        admin.rpush(prefix + _KEYS[0], "a list")
+        admin.set(prefix + _KEYS[1], b"")
+    async with _backend(shared_redis.url, key_prefix=prefix) as backend:
+        assert await backend.contains(_KEYS[:2]) == [True, False]
+        assert await backend.get(_KEYS[:2]) == [b"", None]
+
+
+def test_sizes_are_known_for_a_while() -> None:
+    now = 0.0
+    sizes = KnownSizes(clock=lambda: now)
+    sizes.learn(_KEYS[0], 5)
+    assert (sizes.get(_KEYS[0]), sizes.get(_KEYS[1])) == (5, None)
+    sizes.forget(_KEYS[0])
+    sizes.forget(_KEYS[1])
+    assert sizes.get(_KEYS[0]) is None
+    sizes.learn(_KEYS[0], 6)
+    now = KNOWN_S
+    assert sizes.get(_KEYS[0]) is None
+    for number in range(MAX_KEYS + 1):
+        sizes.learn(number.to_bytes(32, "big"), 1)
+    assert sizes.get(bytes(32)) is None and sizes.get((1).to_bytes(32, "big")) == 1
+    sizes.clear()
+    assert sizes.get((1).to_bytes(32, "big")) is None
 
 
 async def test_full_redis_is_store_full(start_redis: Callable[..., Any]) -> None:
@@ -164,7 +220,7 @@ async def test_restricted_user_still_gets_stats(start_redis: Callable[..., Any])
             enabled=True,
             passwords=["+secret"],
             keys=["kvferry:*"],
-            commands=["+get", "+strlen", "+set", "+exists", "+unlink"],
+            commands=["+get", "+strlen", "+set", "+unlink"],
         )
     url = process.url.replace("127.0.0.1", "app:secret@127.0.0.1")
     async with _backend(url) as backend:

@@ -24,7 +24,7 @@ from kvferry.kvstore.store_config import StoreConfig, make_backend
 
 KEYS = [key_of(number) for number in range(40)]
 # What docs/configuration.md says that a node's user needs.
-COMMANDS = ["+get", "+getrange", "+set", "+exists", "+unlink", "+scan", "+strlen"]
+COMMANDS = ["+get", "+getrange", "+set", "+unlink", "+scan", "+strlen"]
 CLUSTER_COMMANDS = [*COMMANDS, "+cluster|slots"]
 
 

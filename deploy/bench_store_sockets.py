@@ -1,33 +1,57 @@
-"""The baseline of `kvferry bench store`: a plain TCP socket that moves messages of given sizes.
+"""The baselines of `kvferry bench store`: plain sockets that move messages of given sizes.
 
-Run as a process it serves one connection after the other. A request is (kind, count, size): "g" answers with
-`count` messages of `size` bytes, "p" takes as many and answers with one byte. "g" sends the same message again and
-again, out of the processor's caches; "d" sends as many different ones, as a store has to.
+Run as a process it serves one connection after the other, over TCP on loopback, or with "unix" over a Unix socket in
+the abstract namespace. A request is (kind, count, size): "g" answers with `count` messages of `size` bytes, "p" takes
+as many and answers with one byte. "g" sends the same message again and again, out of the processor's caches; "d" sends
+as many different ones, as a store has to.
 """
 
 from __future__ import annotations
 
+import secrets
 import socket
 import struct
+import sys
 import time
 
+from kvferry.kvstore.bulk_socket import bound_reads, bound_writes, listen_locally, local_address, send_at_once
 from kvferry.kvstore.malloc import tune_malloc
 
 _REQUEST = struct.Struct("<cQQ")
 
 
-def serve() -> None:
-    """Prints its port, then serves until it is ended."""
+def serve(*, over_unix: bool) -> None:
+    """Prints its port or its socket's name, then serves until it is ended."""
     tune_malloc()
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        print(listening.getsockname()[1], flush=True)
+    if over_unix:
+        place = f"kvferry-bench-{secrets.token_hex(16)}"
+        listening = listen_locally(place)
+    else:
+        listening = socket.create_server(("127.0.0.1", 0))
+        place = str(listening.getsockname()[1])
+    with listening:
+        print(place, flush=True)
         while True:
             connection, _ = listening.accept()
             with connection:
                 _serve_one(connection)
 
 
-def tcp_seconds(connection: socket.socket, *, put: bool, count: int, size: int, distinct: bool = False) -> float:
+def connect(place: str, *, over_unix: bool, timeout_s: float) -> socket.socket:
+    """To a server that printed `place`. Raises OSError."""
+    if over_unix:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(local_address(place))
+    else:
+        connection = socket.create_connection(("127.0.0.1", int(place)), timeout_s)
+        connection.settimeout(None)
+    bound_reads(connection, timeout_s)
+    bound_writes(connection, timeout_s)
+    send_at_once(connection)
+    return connection
+
+
+def move_seconds(connection: socket.socket, *, put: bool, count: int, size: int, distinct: bool = False) -> float:
     """Moves `count` messages of `size` bytes and returns the seconds. Each arrives in memory of its own.
 
     `distinct`: a get of different messages. The first one with a count and size makes them, which takes long.
@@ -46,7 +70,7 @@ def tcp_seconds(connection: socket.socket, *, put: bool, count: int, size: int, 
 
 
 def _serve_one(connection: socket.socket) -> None:
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    send_at_once(connection)
     header = bytearray(_REQUEST.size)
     messages: list[bytes] = []
     while _receive(connection, header):
@@ -77,4 +101,4 @@ def _receive(connection: socket.socket, buffer: bytearray) -> bool:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(over_unix=sys.argv[1:] == ["unix"])
