@@ -29,7 +29,7 @@ test: $(VENV)/.dev  ## install what the tests need and run them
 
 test-deep: $(VENV)/.dev  ## the tests that take more cases when asked: kills, faults, damage, random formats
 	KVFERRY_DEEP=$(DEEP) $(BIN)/python -m pytest tests/faults tests/kvstore/test_disk_backend.py \
-	  tests/kernels/test_cpu_random.py tests/decode/test_batch_invariance.py
+	  tests/kernels/test_cpu_random.py tests/kernels/test_triton_aot.py tests/decode/test_batch_invariance.py
 	KVFERRY_DEEP=$(DEEP) $(BIN)/python -m pytest -m deep
 
 test-cluster: $(VENV)/.dev  ## kvferry up on three machines made of namespaces, used from a fourth; needs root

@@ -51,6 +51,7 @@ def test_peak_counts_from_the_reset_on() -> None:
     del held
 
 
+@pytest.mark.deep
 def test_a_long_context_takes_what_the_layout_says(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """32,768 tokens in a window of 2,048: packed, at 16 bits, and in transformers, each in its own process."""
     context, path = 32_768, tmp_path / "out.json"

@@ -21,9 +21,12 @@ PER_LAYER = KVQuantSpec(
     value_rotation="hadamard",
 )
 SPECS = {**PRESETS, "per-layer": PER_LAYER}
+ORDINARY = ("kv2", "kv16", "per-layer")
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name", [name if name in ORDINARY else pytest.param(name, marks=pytest.mark.deep) for name in SPECS]
+)
 async def test_same_bytes_and_tokens(
     name: str, load_runtime: Callable[..., ModelRuntime], serve_workers: Any, make_store: Any, make_prompt: Any
 ) -> None:

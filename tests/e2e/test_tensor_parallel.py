@@ -36,6 +36,7 @@ def runtimes() -> Iterator[dict[int, ModelRuntime]]:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.deep
 async def test_the_demo_model_in_groups_of_three(
     runtimes: dict[int, ModelRuntime], serve_workers: Any, make_store: Any
 ) -> None:
