@@ -158,7 +158,8 @@ class BulkReader:
 
     def _receive_records(self, keys: Sequence[bytes], lengths: Sequence[int]) -> bool:
         """Whether all of one frame's records were intact; else they were so up to the last one."""
-        for key, num_bytes in zip(keys, lengths, strict=True):
+        last = len(keys) - 1
+        for number, (key, num_bytes) in enumerate(zip(keys, lengths, strict=True)):
             if num_bytes == 0:
                 raise BlockCorrupt("the node sent a record that is none")
             if num_bytes > self._max_record_bytes:
@@ -174,7 +175,7 @@ class BulkReader:
             if isinstance(outcome, BlockCorrupt):
                 self._hand_over()
                 return False
-            if self._fresh_bytes >= _WAKE_BYTES or time.monotonic() - started > _SLOW_S:
+            if number < last and (self._fresh_bytes >= _WAKE_BYTES or time.monotonic() - started > _SLOW_S):
                 self._hand_over()
         return True
 
