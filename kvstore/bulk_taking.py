@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from kvferry.kvstore.bulk_frames import LENGTH_BYTES, MAX_RECORDS, Answer, decode_lengths, encode_answers
 from kvferry.kvstore.bulk_socket import receive_exactly
 from kvferry.kvstore.config import NodeConfig
-from kvferry.kvstore.errors import BlockCorrupt, InvalidRequest, StoreFull, StoreUnavailable
+from kvferry.kvstore.errors import BlockCorrupt, InvalidRequest, StoreUnavailable
 from kvferry.kvstore.node_answers import PutManyOutcome
 from kvferry.kvstore.record_sink import RecordSink, Room
 
@@ -55,22 +55,20 @@ def take_records(
         connection.sendall(encode_answers(first, room.refusal))
         if Answer.WANTED not in first:
             return
-        answers, message = [], ""
+        records: list[tuple[bytes, bytes | None]] = []
+        damage = ""
         for key, length, answer in zip(keys, lengths, first, strict=True):
             if answer is not Answer.WANTED:
                 continue
             record = receive_exactly(connection, length, deadline)
             try:
                 sink.check(key, record)  # in this thread: hashing a large one does not hold the GIL
-                answers.append(ANSWERS[_on_loop(sink.put(key, record), loop, deadline)])
+                records.append((key, record))
             except BlockCorrupt as error:
-                loop.call_soon_threadsafe(sink.count_damaged)
-                answers.append(Answer.CORRUPT)
-                message = message or str(error)
-            except StoreFull as error:
-                answers.append(Answer.FULL)
-                message = message or str(error)
-        connection.sendall(encode_answers(answers, message))
+                records.append((key, None))
+                damage = damage or str(error)
+        outcomes, refusal = _on_loop(sink.put_all(room, records), loop, deadline)
+        connection.sendall(encode_answers([ANSWERS[outcome] for outcome in outcomes], damage or refusal))
     finally:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(sink.give_back, room)

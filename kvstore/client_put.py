@@ -7,6 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 
 import grpc.aio
 
@@ -100,12 +101,10 @@ class RecordPutter:
         giving = loop.run_in_executor(
             self._bulk.executor, give_records, connection, records, deadline, current_request_id()
         )
-        is_whole = False
+        giving.add_done_callback(partial(_given_back, self._bulk, connection))
         try:
             async with asyncio.timeout_at(loop.time() + max(0.0, deadline - time.monotonic())):
-                given = await asyncio.shield(giving)
-            is_whole = True
-            return given
+                return await asyncio.shield(giving)
         except (TimeoutError, BlockingIOError):
             raise StoreUnavailable(f"the put took longer than its {timeout_s:.3g} s") from None
         except (OSError, EOFError) as error:
@@ -114,10 +113,10 @@ class RecordPutter:
             if not giving.done():
                 with contextlib.suppress(OSError):  # the other side has gone already
                     connection.shutdown(socket.SHUT_RDWR)  # wakes the thread
-                await asyncio.wait([giving])
-            if not giving.cancelled():
-                giving.exception()  # it was told, or nobody waits for it
-            self._bulk.give_back(connection, is_whole)
+
+
+def _given_back(bulk: BulkConnections, connection: socket.socket, giving: asyncio.Future[Given]) -> None:
+    bulk.give_back(connection, not giving.cancelled() and giving.exception() is None)
 
 
 def _requests(records: Sequence[Keyed]) -> Iterator[tuple[int, int]]:

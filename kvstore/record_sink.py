@@ -85,6 +85,24 @@ class RecordSink:
         self._counters.puts += 1
         return PutManyOutcome.STORED
 
-    def count_damaged(self) -> None:
-        """A record that came was not intact."""
-        self._counters.rejected += 1
+    async def put_all(
+        self, room: Room, records: Sequence[tuple[bytes, bytes | None]]
+    ) -> tuple[list[PutManyOutcome], str]:
+        """What came of the records that the room was for, and why the first was refused, if one was; then it is free.
+        A record is None that was not intact. Raises StoreUnavailable."""
+        outcomes: list[PutManyOutcome] = []
+        refusal = ""
+        try:
+            for key, record in records:
+                if record is None:
+                    self._counters.rejected += 1
+                    outcomes.append(PutManyOutcome.CORRUPT)
+                    continue
+                try:
+                    outcomes.append(await self.put(key, record))
+                except StoreFull as error:
+                    refusal = refusal or str(error)
+                    outcomes.append(PutManyOutcome.FULL)
+        finally:
+            self.give_back(room)
+        return outcomes, refusal
