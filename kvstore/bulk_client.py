@@ -1,4 +1,4 @@
-"""A client's connections to the bulk port of its node: opened with a session from gRPC, kept, and reused."""
+"""A client's connections to the bulk port of its node: opened with sessions from gRPC, kept, and used again."""
 
 from __future__ import annotations
 
@@ -8,47 +8,52 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc.aio
 
 from kvferry.kvstore.bulk_frames import MAGIC, READY, SESSION_BYTES
-from kvferry.kvstore.bulk_reader import BulkReader
 from kvferry.kvstore.bulk_socket import bound_writes, is_quiet, local_address, send_at_once
 from kvferry.kvstore.config import ClientConfig
 from kvferry.proto import kvstore_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
-MAX_GETS = 16
-"""Gets over the bulk port at one time, each with a thread and a connection; more go over gRPC."""
 MAX_IDLE_S = 30.0
 RETRY_S = 10.0
-"""After a bulk port could not be used: how long gets go over gRPC before it is tried again."""
+"""After a bulk port could not be used: how long gRPC is used before it is tried again."""
 
 
 class BulkConnections:
-    """Opens gets on the node's bulk port, while it can be used. Use it on one event loop."""
+    """Connections for one purpose, while the node's bulk port can be used. Use it on one event loop.
 
-    def __init__(self, config: ClientConfig, open_session: Callable[[], Awaitable[pb.OpenBulkReply]]) -> None:
+    `max_running`: at one time, each with a thread of `executor`.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        open_session: Callable[[], Awaitable[pb.OpenBulkReply]],
+        *,
+        max_running: int,
+        name: str,
+    ) -> None:
         self._config = config
         self._open_session = open_session
+        self._max_running = max_running
         self._idle: list[tuple[socket.socket, float]] = []
         self._num_running = 0
         self._try_again_at = 0.0
         self._is_closed = False
-        self._executor = ThreadPoolExecutor(MAX_GETS, thread_name_prefix="kvstore-bulk-get")
+        self.executor = ThreadPoolExecutor(max_running, thread_name_prefix=name)
 
-    async def begin(
-        self, keys: Sequence[bytes], *, namespace: bytes, lease_id: int, timeout_s: float
-    ) -> BulkReader | None:
-        """A running get; None when this one has to go over gRPC."""
-        if self._num_running >= MAX_GETS:
+    async def take(self) -> socket.socket | None:
+        """A blocking connection, to be given back; None when gRPC has to do."""
+        if self._num_running >= self._max_running:
             return None
         self._num_running += 1
-        started = time.monotonic()
         try:
             connection = self._reused() or await self._opened()
         except BaseException:
@@ -59,32 +64,23 @@ class BulkConnections:
             if connection is not None:
                 connection.close()
             return None
-        return BulkReader(
-            connection,
-            self._executor,
-            keys,
-            namespace=namespace,
-            lease_id=lease_id,
-            timeout_s=timeout_s - (time.monotonic() - started),
-            progress_timeout_s=self._config.progress_timeout_s,
-            max_record_bytes=self._config.max_record_bytes,
-            done=self._done,
-        )
+        return connection
 
-    def close(self) -> None:
-        """Closes what is idle; running gets are their readers' to end."""
-        self._is_closed = True
-        for connection, _ in self._idle:
-            connection.close()
-        self._idle.clear()
-        self._executor.shutdown(wait=False)
-
-    def _done(self, connection: socket.socket, can_be_reused: bool) -> None:
+    def give_back(self, connection: socket.socket, can_be_reused: bool) -> None:
+        """Nobody uses it any more."""
         self._num_running -= 1
         if can_be_reused and not self._is_closed:
             self._idle.append((connection, time.monotonic()))
         else:
             connection.close()
+
+    def close(self) -> None:
+        """Closes what is idle; whoever has a connection ends it."""
+        self._is_closed = True
+        for connection, _ in self._idle:
+            connection.close()
+        self._idle.clear()
+        self.executor.shutdown(wait=False)
 
     def _reused(self) -> socket.socket | None:
         while self._idle:
@@ -108,12 +104,12 @@ class BulkConnections:
                     return await self._greet(connection, offer.session)
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                return None  # the node is away or slow: the get over gRPC will say so
+                return None  # the node is away or slow: the call over gRPC will say so
             reason = f"the node answered {error.code().name}"
         except (OSError, ValueError, EOFError, TimeoutError) as error:
             reason = f"{type(error).__name__}: {error}"
         self._try_again_at = time.monotonic() + RETRY_S
-        _log.info("no bulk port at %s (%s): records come over gRPC", self._config.address, reason)
+        _log.info("no bulk port at %s (%s): records go over gRPC", self._config.address, reason)
         return None
 
     async def _connect(self, offer: pb.OpenBulkReply) -> socket.socket:

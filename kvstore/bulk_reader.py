@@ -158,7 +158,8 @@ class BulkReader:
 
     def _receive_records(self, keys: Sequence[bytes], lengths: Sequence[int]) -> bool:
         """Whether all of one frame's records were intact; else they were so up to the last one."""
-        for key, num_bytes in zip(keys, lengths, strict=True):
+        last = len(keys) - 1
+        for number, (key, num_bytes) in enumerate(zip(keys, lengths, strict=True)):
             if num_bytes == 0:
                 raise BlockCorrupt("the node sent a record that is none")
             if num_bytes > self._max_record_bytes:
@@ -166,15 +167,19 @@ class BulkReader:
                     f"the stored record has {num_bytes} bytes, over this client's max_record_bytes = "
                     f"{self._max_record_bytes}"
                 )
-            self._wait_for_room()
             started = time.monotonic()
+            if (
+                self._ahead_bytes + self._fresh_bytes >= AHEAD_BYTES
+                or started + self._progress_timeout_s > self._deadline
+            ):
+                self._wait_for_room()
             outcome = self._check(self._receive(num_bytes), key)
             self._fresh.append(Read(num_bytes, _Checked(outcome)))
             self._fresh_bytes += num_bytes
             if isinstance(outcome, BlockCorrupt):
                 self._hand_over()
                 return False
-            if self._fresh_bytes >= _WAKE_BYTES or time.monotonic() - started > _SLOW_S:
+            if number < last and (self._fresh_bytes >= _WAKE_BYTES or time.monotonic() - started > _SLOW_S):
                 self._hand_over()
         return True
 
@@ -191,16 +196,19 @@ class BulkReader:
 
     def _receive(self, num_bytes: int) -> bytes:
         """All of it. In one call, unless it takes longer than `progress_timeout_s`."""
+        part = self._connection.recv(num_bytes, socket.MSG_WAITALL)
+        if len(part) == num_bytes:
+            return part
         parts: list[bytes] = []
-        while num_bytes:
-            part = self._connection.recv(num_bytes, socket.MSG_WAITALL)
+        while True:
             if not part:
                 raise EOFError("it was closed")
             parts.append(part)
             num_bytes -= len(part)
-            if num_bytes:
-                self._bound_reads()
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            if not num_bytes:
+                return b"".join(parts)
+            self._bound_reads()
+            part = self._connection.recv(num_bytes, socket.MSG_WAITALL)
 
     def _bound_reads(self) -> None:
         left_s = self._deadline - time.monotonic()
@@ -209,11 +217,7 @@ class BulkReader:
         bound_reads(self._connection, min(self._progress_timeout_s, left_s))
 
     def _wait_for_room(self) -> None:
-        if (
-            self._ahead_bytes + self._fresh_bytes < AHEAD_BYTES
-            and time.monotonic() + self._progress_timeout_s < self._deadline
-        ):
-            return
+        """And bounds the reads by what is left of the time."""
         self._hand_over()
         with self._changed:
             while self._ahead_bytes >= AHEAD_BYTES and not self._is_closed:

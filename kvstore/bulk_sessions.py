@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import hmac
 import secrets
 import threading
@@ -12,6 +13,13 @@ from collections.abc import Callable
 from kvferry.kvstore.bulk_frames import SESSION_BYTES
 
 _NAME_BYTES = 8
+
+
+class Purpose(enum.Enum):
+    """What a session's connection may do."""
+
+    GETS = "gets"
+    PUTS = "puts"
 
 
 class BulkSessions:
@@ -28,24 +36,27 @@ class BulkSessions:
         self._max_waiting = max_waiting
         self._clock = clock
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # name: (secret, end); the oldest first
+        # By name: secret, purpose, end; the oldest first.
+        self._waiting: OrderedDict[bytes, tuple[bytes, Purpose, float]] = OrderedDict()
 
-    def issue(self) -> bytes:
+    def issue(self, purpose: Purpose) -> bytes:
         """A new session, SESSION_BYTES bytes."""
         name, secret = secrets.token_bytes(_NAME_BYTES), secrets.token_bytes(SESSION_BYTES - _NAME_BYTES)
         with self._lock:
             self._expire()
             while len(self._waiting) >= self._max_waiting:
                 self._waiting.popitem(last=False)
-            self._waiting[name] = (secret, self._clock() + self._lifetime_s)
+            self._waiting[name] = (secret, purpose, self._clock() + self._lifetime_s)
         return name + secret
 
-    def redeem(self, session: bytes) -> bool:
-        """Whether this one waits; then it does no more. A wrong secret ends it, too."""
+    def redeem(self, session: bytes) -> Purpose | None:
+        """What this one is for, if it waits; then it does no more. A wrong secret ends it, too."""
         with self._lock:
             self._expire()
-            secret, _ = self._waiting.pop(session[:_NAME_BYTES], (None, 0.0))
-        return secret is not None and hmac.compare_digest(secret, session[_NAME_BYTES:])
+            waiting = self._waiting.pop(session[:_NAME_BYTES], None)
+        if waiting is None or not hmac.compare_digest(waiting[0], session[_NAME_BYTES:]):
+            return None
+        return waiting[1]
 
     def __len__(self) -> int:
         """Sessions that wait now."""
@@ -55,5 +66,5 @@ class BulkSessions:
 
     def _expire(self) -> None:
         now = self._clock()
-        while self._waiting and next(iter(self._waiting.values()))[1] <= now:
+        while self._waiting and next(iter(self._waiting.values()))[2] <= now:
             self._waiting.popitem(last=False)

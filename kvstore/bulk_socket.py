@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Sequence
 
 _TIMEVAL = struct.Struct("@ll")
@@ -45,15 +46,19 @@ def bound_writes(connection: socket.socket, seconds: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timestruct(seconds))
 
 
-def receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:
-    """Raises EOFError when the other side ends before, BlockingIOError when nothing comes."""
+def receive_exactly(connection: socket.socket, num_bytes: int, deadline: float) -> bytes:
+    """Raises EOFError when the other side ends before, BlockingIOError when not all has come at the deadline (by
+    `time.monotonic`)."""
     parts: list[bytes] = []
     while num_bytes:
+        bound_reads(connection, deadline - time.monotonic())
         part = connection.recv(num_bytes, socket.MSG_WAITALL)
         if not part:
             raise EOFError("the other side closed the connection")
         parts.append(part)
         num_bytes -= len(part)
+        if num_bytes and time.monotonic() >= deadline:
+            raise BlockingIOError
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -16,8 +16,9 @@ from kvferry.kvstore.breaker import Breaker, BreakerState
 from kvferry.kvstore.client_channel import store_channel_options, translate
 from kvferry.kvstore.client_counters import ClientCounters
 from kvferry.kvstore.client_get import RecordGetter
+from kvferry.kvstore.client_put import RecordPutter
 from kvferry.kvstore.codec import Record
-from kvferry.kvstore.config import DEFAULT_MAX_KEYS, FRAME_BYTES, ClientConfig
+from kvferry.kvstore.config import DEFAULT_MAX_KEYS, ClientConfig
 from kvferry.kvstore.errors import (
     BlockCorrupt,
     BlockNotFound,
@@ -26,8 +27,6 @@ from kvferry.kvstore.errors import (
     StoreFull,
     StoreUnavailable,
 )
-from kvferry.kvstore.frames import encode_put_chunk
-from kvferry.kvstore.interceptor import SERVICE_NAME
 from kvferry.kvstore.key import KEY_BYTES
 from kvferry.kvstore.node_answers import (
     ListedRecord,
@@ -35,8 +34,6 @@ from kvferry.kvstore.node_answers import (
     PutManyOutcome,
     listed_record,
     node_stats,
-    put_many_frames,
-    put_many_outcome,
 )
 from kvferry.kvstore.record_reader import Reader
 from kvferry.proto import kvstore_pb2 as pb
@@ -85,10 +82,7 @@ class StoreClient:
         self._stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
         # The bulk port speaks plain text: beside an encrypted channel it is not used.
         self._getter = RecordGetter(self._channel, config, self.counters, can_use_bulk=credentials is None)
-        # With a codec of its own; see frames.py.
-        self._put = self._channel.stream_unary(
-            f"/{SERVICE_NAME}/Put", request_serializer=bytes, response_deserializer=pb.PutReply.FromString
-        )
+        self._putter = RecordPutter(self._channel, config, self.counters, can_use_bulk=credentials is None)
         self._prober: asyncio.Task[None] | None = None
 
     @property
@@ -178,8 +172,12 @@ class StoreClient:
             )
         timeout = self._config.put_timeout_s if timeout_s is None else timeout_s
         with self._answering(exhausted=StoreFull):
-            reply = await self._put(_put_frames(key, record), timeout=timeout, metadata=request_id_metadata())
-        if reply.outcome != pb.PutReply.STORED:
+            (outcome,), message = await self._putter.put(key, record, timeout_s=timeout)
+            if outcome is PutManyOutcome.FULL:
+                raise StoreFull(message)
+            if outcome is PutManyOutcome.CORRUPT:
+                raise BlockCorrupt(message)
+        if outcome is PutManyOutcome.EXISTED:
             return False
         self.counters.bytes_written += len(record)
         return True
@@ -220,16 +218,8 @@ class StoreClient:
         """
         _checked_keys([key for key, _ in records])
         timeout = self._config.put_timeout_s if timeout_s is None else timeout_s
-        outcomes: dict[int, PutManyOutcome] = {}
-        small = [index for index, (_, record) in enumerate(records) if len(record) <= FRAME_BYTES]
-        if small:
-            with self._answering():
-                reply = await self._stub.PutMany(
-                    put_many_frames([records[i] for i in small]), timeout=timeout, metadata=request_id_metadata()
-                )
-                if len(reply.outcomes) != len(small):
-                    raise StoreUnavailable("the node did not say what came of every record")
-            outcomes = {index: put_many_outcome(told) for index, told in zip(small, reply.outcomes, strict=True)}
+        with self._answering():
+            outcomes = await self._putter.put_many(records, timeout_s=timeout)
         for index, (key, record) in enumerate(records):
             if outcomes.get(index) is PutManyOutcome.STORED:
                 self.counters.bytes_written += len(record)
@@ -271,6 +261,7 @@ class StoreClient:
             await asyncio.gather(self._prober, return_exceptions=True)
         await self._channel.close()
         self._getter.close()
+        self._putter.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -359,11 +350,3 @@ def _checked_keys(keys: Sequence[bytes]) -> list[bytes]:
     if any(type(key) is not bytes or len(key) != KEY_BYTES for key in keys):
         raise InvalidRequest(f"every key must be {KEY_BYTES} bytes")
     return list(keys)
-
-
-async def _put_frames(key: bytes, record: bytes) -> AsyncIterator[bytes]:
-    yield pb.PutFrame(begin=pb.PutBegin(key=key, record_bytes=len(record))).SerializeToString()
-    view = memoryview(record)
-    for start in range(0, len(record), FRAME_BYTES):
-        yield encode_put_chunk(view[start : start + FRAME_BYTES])
-    yield pb.PutFrame(commit=pb.PutCommit()).SerializeToString()

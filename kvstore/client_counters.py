@@ -17,3 +17,4 @@ class ClientCounters:
     corrupt: int = 0
     bulk_gets: int = 0  # gets over the node's bulk port
     bulk_fallbacks: int = 0  # gets over gRPC, because the node offers no bulk port or it could not be used
+    bulk_puts: int = 0  # requests of puts over the node's bulk port

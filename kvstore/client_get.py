@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Sequence
 from functools import partial
 
 import grpc.aio
 
 from kvferry.kvstore.bulk_client import BulkConnections
+from kvferry.kvstore.bulk_reader import BulkReader
 from kvferry.kvstore.client_counters import ClientCounters
 from kvferry.kvstore.codec import Buffer, Record, decode_moved_record
 from kvferry.kvstore.config import ClientConfig
@@ -17,6 +19,9 @@ from kvferry.kvstore.record_reader import Reader, RecordReader
 from kvferry.kvstore.verifier import Verifier
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto.request_id import request_id_metadata
+
+MAX_GETS = 16
+"""Gets over the bulk port at one time, each with a thread and a connection; more go over gRPC."""
 
 
 class RecordGetter:
@@ -44,15 +49,28 @@ class RecordGetter:
             return reply
 
         self._verifier = Verifier()
-        self._bulk = BulkConnections(config, open_session) if can_use_bulk and config.use_bulk else None
+        self._bulk: BulkConnections | None = None
+        if can_use_bulk and config.use_bulk:
+            self._bulk = BulkConnections(config, open_session, max_running=MAX_GETS, name="kvstore-bulk-get")
 
     async def begin(self, keys: Sequence[bytes], *, namespace: bytes, lease_id: int, timeout_s: float) -> Reader:
         """A running get; close it."""
         if self._bulk is not None:
-            reader = await self._bulk.begin(keys, namespace=namespace, lease_id=lease_id, timeout_s=timeout_s)
-            if reader is not None:
+            started = time.monotonic()
+            connection = await self._bulk.take()
+            if connection is not None:
                 self._counters.bulk_gets += 1
-                return reader
+                return BulkReader(
+                    connection,
+                    self._bulk.executor,
+                    keys,
+                    namespace=namespace,
+                    lease_id=lease_id,
+                    timeout_s=timeout_s - (time.monotonic() - started),
+                    progress_timeout_s=self._config.progress_timeout_s,
+                    max_record_bytes=self._config.max_record_bytes,
+                    done=self._bulk.give_back,
+                )
             self._counters.bulk_fallbacks += 1
 
         def check(buffer: Buffer, key: bytes) -> Awaitable[Record]:

@@ -10,12 +10,15 @@ from typing import Any
 
 from kvferry.kvstore.backend import Backend, BackendStats
 from kvferry.kvstore.bulk_server import BulkServer
+from kvferry.kvstore.bulk_sessions import Purpose
 from kvferry.kvstore.codec import peek_header, verify_record
 from kvferry.kvstore.config import FRAME_BYTES, NodeConfig
 from kvferry.kvstore.errors import BlockCorrupt, InvalidRequest, StoreFull
 from kvferry.kvstore.frames import encode_get_frame
 from kvferry.kvstore.key import KEY_BYTES
+from kvferry.kvstore.node_answers import PutManyOutcome
 from kvferry.kvstore.node_counters import NodeCounters
+from kvferry.kvstore.record_sink import RecordSink
 from kvferry.kvstore.record_source import RecordSource
 from kvferry.kvstore.staging import StagedRecord, Staging
 from kvferry.kvstore.verifier import Verifier
@@ -37,6 +40,7 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
         self._verifier = Verifier()
         self._bulk: BulkServer | None = None
         self.records = RecordSource(backend, self._verifier, self.counters, max_record_bytes=config.max_record_bytes)
+        self.sink = RecordSink(backend, self._staging, self.counters, max_record_bytes=config.max_record_bytes)
 
     def offer_bulk(self, bulk: BulkServer) -> None:
         """From now on clients are told of this bulk port."""
@@ -91,9 +95,12 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
                     index += 1
 
     async def OpenBulk(self, request: pb.OpenBulkRequest, context: Any) -> pb.OpenBulkReply:
-        """A session on the bulk port, where there is one with room."""
-        offer = None if self._bulk is None else self._bulk.open_session()
-        return pb.OpenBulkReply() if offer is None else pb.OpenBulkReply(**offer._asdict())
+        """A session for gets on the bulk port, where there is one with room."""
+        return self._open_bulk(Purpose.GETS)
+
+    async def OpenBulkPuts(self, request: pb.OpenBulkRequest, context: Any) -> pb.OpenBulkReply:
+        """The same for puts."""
+        return self._open_bulk(Purpose.PUTS)
 
     async def Put(self, request_iterator: AsyncIterator[pb.PutFrame | memoryview], context: Any) -> pb.PutReply:
         """Stages, verifies, then makes the record visible with one backend call."""
@@ -178,6 +185,10 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
             tiers=[_tier_stats(tier) for tier in backend.tiers or (backend,)],
         )
 
+    def _open_bulk(self, purpose: Purpose) -> pb.OpenBulkReply:
+        offer = None if self._bulk is None else self._bulk.open_session(purpose)
+        return pb.OpenBulkReply() if offer is None else pb.OpenBulkReply(**offer._asdict())
+
     async def _put_frame(self, records: list[tuple[bytes, bytes]]) -> list[pb.PutManyReply.Outcome.ValueType]:
         """One frame of PutMany. All its checks are one hop to another thread."""
         num_bytes = sum(len(record) for _, record in records)
@@ -186,31 +197,21 @@ class KVStoreNode(kvstore_pb2_grpc.KVStoreServicer):
         self._checked_keys([key for key, _ in records])
 
         def check() -> list[bool]:
-            return [self._passes(key, record) for key, record in records]
+            return [self.sink.passes(key, record) for key, record in records]
 
         outcomes: list[pb.PutManyReply.Outcome.ValueType] = []
         with self._staging.stage(records[0][0], num_bytes):
-            for (key, record), intact in zip(records, await self._verifier.run(num_bytes, check), strict=True):
-                outcomes.append(await self._put_checked(key, record) if intact else pb.PutManyReply.CORRUPT)
-        self.counters.puts += outcomes.count(pb.PutManyReply.STORED)
-        self.counters.rejected += outcomes.count(pb.PutManyReply.FULL) + outcomes.count(pb.PutManyReply.CORRUPT)
+            for (key, record), is_intact in zip(records, await self._verifier.run(num_bytes, check), strict=True):
+                outcomes.append(await self._put_checked(key, record) if is_intact else pb.PutManyReply.CORRUPT)
+        self.counters.rejected += outcomes.count(pb.PutManyReply.CORRUPT)
         return outcomes
 
     async def _put_checked(self, key: bytes, record: bytes) -> pb.PutManyReply.Outcome.ValueType:
-        if (await self._backend.contains([key]))[0]:
-            return pb.PutManyReply.EXISTED
         try:
-            stored = await self._backend.put(key, record)
+            outcome = await self.sink.put(key, record)
         except StoreFull:
             return pb.PutManyReply.FULL
-        return pb.PutManyReply.STORED if stored else pb.PutManyReply.EXISTED
-
-    def _passes(self, key: bytes, record: bytes) -> bool:
-        try:
-            verify_record(record, key, max_record_bytes=self._config.max_record_bytes)
-        except BlockCorrupt:
-            return False
-        return True
+        return pb.PutManyReply.STORED if outcome is PutManyOutcome.STORED else pb.PutManyReply.EXISTED
 
     async def _put(self, frames: AsyncIterator[pb.PutFrame | memoryview]) -> bool:
         timeout_s = self._config.staging_timeout_s

@@ -16,3 +16,4 @@ class NodeCounters:
     rejected: int = 0
     corrupt: int = 0
     bulk_gets: int = 0  # gets over the bulk port
+    bulk_puts: int = 0  # requests of puts over it

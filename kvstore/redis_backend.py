@@ -208,7 +208,10 @@ class RedisBackend:
             replies = iter(await pipe.execute(raise_on_error=False))
         values: list[bytes | None] = []
         for key, size in zip(keys, sizes, strict=True):
-            value = b"" if size < 0 else (self._value(next(replies)) or None) if size > 0 else None
+            value: bytes | None = b"" if size == _WRONG_TYPE else None
+            if size > 0:
+                reply = next(replies)
+                value = b"" if _is_wrong_type(reply) else self._value(reply) or None
             if value is None or len(value) != size:
                 # It has gone, or is another one than when its size was asked.
                 self._known_sizes.forget(key)

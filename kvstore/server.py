@@ -45,7 +45,9 @@ class KVStoreServer:
         self._credentials = credentials
         self._node = KVStoreNode(backend, self._config)
         has_bulk = self._config.bulk_port is not None and credentials is None
-        self._bulk = BulkServer(self._node.records, self._node.counters, self._config) if has_bulk else None
+        self._bulk = (
+            BulkServer(self._node.records, self._node.sink, self._node.counters, self._config) if has_bulk else None
+        )
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._port = 0

@@ -53,13 +53,21 @@ class Staging:
     @contextmanager
     def stage(self, key: bytes, record_bytes: int) -> Iterator[StagedRecord]:
         """Reserves room while the body runs, however it ends. Raises StoreFull without room."""
-        if self._bytes + record_bytes > self._max_bytes:
+        self.reserve(record_bytes)
+        try:
+            yield StagedRecord(key, record_bytes)
+        finally:
+            self.release(record_bytes)
+
+    def reserve(self, num_bytes: int) -> None:
+        """The same until `release`. Raises StoreFull without room."""
+        if self._bytes + num_bytes > self._max_bytes:
             raise StoreFull(
                 f"{self._bytes} bytes of other puts are in progress and the node stages at most "
                 f"{self._max_bytes}; put again later or raise max_staged_bytes"
             )
-        self._bytes += record_bytes
-        try:
-            yield StagedRecord(key, record_bytes)
-        finally:
-            self._bytes -= record_bytes
+        self._bytes += num_bytes
+
+    def release(self, num_bytes: int) -> None:
+        """Gives reserved room back."""
+        self._bytes -= num_bytes

@@ -51,6 +51,11 @@ class KVStoreStub:
                 request_serializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkRequest.SerializeToString,
                 response_deserializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkReply.FromString,
                 _registered_method=True)
+        self.OpenBulkPuts = channel.unary_unary(
+                '/kvferry.kvstore.v1.KVStore/OpenBulkPuts',
+                request_serializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkReply.FromString,
+                _registered_method=True)
         self.Put = channel.stream_unary(
                 '/kvferry.kvstore.v1.KVStore/Put',
                 request_serializer=kvferry_dot_proto_dot_kvstore__pb2.PutFrame.SerializeToString,
@@ -111,6 +116,13 @@ class KVStoreServicer:
     def OpenBulk(self, request, context):
         """A session on the node's bulk port, where Get goes over a plain socket (kvstore/bulk_frames.py has the frames). A node
         that offers none answers with an empty address. Who may call this may read: it passes what any call passes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenBulkPuts(self, request, context):
+        """The same for puts: a session is for gets or for puts. Who may call this may write.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,6 +195,11 @@ def add_KVStoreServicer_to_server(servicer, server):
             ),
             'OpenBulk': grpc.unary_unary_rpc_method_handler(
                     servicer.OpenBulk,
+                    request_deserializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkReply.SerializeToString,
+            ),
+            'OpenBulkPuts': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenBulkPuts,
                     request_deserializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkRequest.FromString,
                     response_serializer=kvferry_dot_proto_dot_kvstore__pb2.OpenBulkReply.SerializeToString,
             ),
@@ -303,6 +320,33 @@ class KVStore:
             request,
             target,
             '/kvferry.kvstore.v1.KVStore/OpenBulk',
+            kvferry_dot_proto_dot_kvstore__pb2.OpenBulkRequest.SerializeToString,
+            kvferry_dot_proto_dot_kvstore__pb2.OpenBulkReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenBulkPuts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.kvstore.v1.KVStore/OpenBulkPuts',
             kvferry_dot_proto_dot_kvstore__pb2.OpenBulkRequest.SerializeToString,
             kvferry_dot_proto_dot_kvstore__pb2.OpenBulkReply.FromString,
             options,

@@ -45,6 +45,8 @@ class KVStoreStub:
     """A session on the node's bulk port, where Get goes over a plain socket (kvstore/bulk_frames.py has the frames). A node
     that offers none answers with an empty address. Who may call this may read: it passes what any call passes.
     """
+    OpenBulkPuts: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.OpenBulkRequest, _kvstore_pb2.OpenBulkReply]
+    """The same for puts: a session is for gets or for puts. Who may call this may write."""
     Put: _grpc.StreamUnaryMultiCallable[_kvstore_pb2.PutFrame, _kvstore_pb2.PutReply]
     """Two-phase put of one record: `begin`, then `chunk`s, then `commit`. The record is readable only after a commit
     whose checks passed; a stream that ends before leaves nothing behind. A put never overwrites.
@@ -83,6 +85,8 @@ class KVStoreAsyncStub(KVStoreStub):
     """A session on the node's bulk port, where Get goes over a plain socket (kvstore/bulk_frames.py has the frames). A node
     that offers none answers with an empty address. Who may call this may read: it passes what any call passes.
     """
+    OpenBulkPuts: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.OpenBulkRequest, _kvstore_pb2.OpenBulkReply]  # type: ignore[assignment]
+    """The same for puts: a session is for gets or for puts. Who may call this may write."""
     Put: _aio.StreamUnaryMultiCallable[_kvstore_pb2.PutFrame, _kvstore_pb2.PutReply]  # type: ignore[assignment]
     """Two-phase put of one record: `begin`, then `chunk`s, then `commit`. The record is readable only after a commit
     whose checks passed; a stream that ends before leaves nothing behind. A put never overwrites.
@@ -136,6 +140,14 @@ class KVStoreServicer(metaclass=_abc_1.ABCMeta):
         """A session on the node's bulk port, where Get goes over a plain socket (kvstore/bulk_frames.py has the frames). A node
         that offers none answers with an empty address. Who may call this may read: it passes what any call passes.
         """
+
+    @_abc_1.abstractmethod
+    def OpenBulkPuts(
+        self,
+        request: _kvstore_pb2.OpenBulkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.OpenBulkReply, _abc.Awaitable[_kvstore_pb2.OpenBulkReply]]:
+        """The same for puts: a session is for gets or for puts. Who may call this may write."""
 
     @_abc_1.abstractmethod
     def Put(

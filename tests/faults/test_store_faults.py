@@ -61,7 +61,9 @@ async def test_store_lost_before_the_request(
     workers = await serve_workers(worker, node.address)
     token_ids = make_prompt(PROMPT_TOKENS)
     assert (await workers.generate(token_ids)).tokens == oracle
-    assert (await stats_of(node.address)).puts == 12  # the control: the store was in use
+    async with asyncio.timeout(LIMIT_S):  # the control: the store was in use
+        while (await stats_of(node.address)).puts != 12:
+            await asyncio.sleep(0.02)
     node.signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
     fresh = await serve_workers(worker, node.address)
     answer = await fresh.generate(token_ids, timeout=LIMIT_S)

@@ -28,7 +28,7 @@ from kvferry.kvstore.bulk_frames import (
     encode_records_head,
     encode_request,
 )
-from kvferry.kvstore.bulk_sessions import BulkSessions
+from kvferry.kvstore.bulk_sessions import BulkSessions, Purpose
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import ClientConfig, NodeConfig
 from kvferry.kvstore.lease import LeaseTable
@@ -98,6 +98,7 @@ async def test_records_come_over_the_bulk_port(num_bytes: int) -> None:
         assert server.counters.bulk_gets == 4 and server.counters.hits == 32
         assert client.counters.bytes_read == 4 * sum(len(record_of(number, num_bytes)) for number in range(8))
         assert server.bulk is not None and server.bulk.num_connections == 1, "one connection serves them all"
+        assert client._getter._bulk is not None and len(client._getter._bulk._idle) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the abstract namespace of Unix sockets is Linux's")
@@ -142,7 +143,7 @@ async def test_the_request_id_is_in_the_nodes_log(caplog: pytest.LogCaptureFixtu
             return True
 
     ids = Ids()
-    logger = logging.getLogger("kvferry.kvstore.bulk_server")
+    logger = logging.getLogger("kvferry.kvstore.bulk_connection")
     caplog.set_level(logging.DEBUG, logger.name)
     logger.addFilter(ids)
     try:
@@ -263,8 +264,8 @@ async def test_sessions_are_for_one_connection() -> None:
 def test_sessions_expire_and_are_bounded() -> None:
     now = 0.0
     sessions = BulkSessions(lifetime_s=10.0, max_waiting=3, clock=lambda: now)
-    old = sessions.issue()
-    kept = [sessions.issue() for _ in range(3)]
+    old = sessions.issue(Purpose.GETS)
+    kept = [sessions.issue(Purpose.GETS) for _ in range(3)]
     assert len(sessions) == 3 and not sessions.redeem(old)
     assert sessions.redeem(kept[0]) and not sessions.redeem(kept[0])
     now = 10.0

@@ -104,8 +104,13 @@ async def test_put_many_is_bounded_in_records_and_time() -> None:
     )
     await server.start()
     async with _client(server.address) as client, grpc.aio.insecure_channel(server.address) as channel:
+        records = [(KEYS[number], record_of(number)) for number in range(4)]
+        with pytest.raises(InvalidRequest, match="1 to 3 keys, not 4"):
+            await client.put_many(records)
+        over_grpc = StoreClient(ClientConfig(address=server.address, lookup_timeout_s=5.0, use_bulk=False))
         with pytest.raises(InvalidRequest, match="at most 3 records"):
-            await client.put_many([(KEYS[number], record_of(number)) for number in range(4)])
+            await over_grpc.put_many(records)
+        await over_grpc.close()
         call = kvstore_pb2_grpc.KVStoreStub(channel).PutMany(timeout=10)
         await call.write(pb.PutManyFrame(records=[pb.WholeRecord(key=KEYS[0], record=record_of(0))]))
         with pytest.raises(grpc.aio.AioRpcError, match="did not all come"):
