@@ -95,7 +95,8 @@ class Controller:
         self._restarting: set[str] = set()
         self._problem = ""
         self._born = time.monotonic()
-        self._enough_machines = False
+        self._enough_machines = bool(_names_of_running(settings.cluster.name))
+        """A controller that comes with the loss of a machine must not wait for it before it replaces what ran there."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._thread.start()
@@ -345,13 +346,19 @@ class Controller:
             del self._processes[name]
 
 
+def _names_of_running(namespace: str) -> list[str]:
+    """The processes that are there, when this controller was started again; none where the deployment is new."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == namespace and actor["name"] != CONTROLLER]
+
+
 def _counts_of_running(namespace: str) -> dict[str, int]:
     """Prefill and decode workers by the processes that are there: `scale` may have been called before this controller
     was started again. Empty where there is none yet."""
     found: dict[str, int] = {}
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        role, _, index = actor["name"].rpartition("-")
-        if actor["namespace"] == namespace and role in ("prefill", "decode"):
+    for name in _names_of_running(namespace):
+        role, _, index = name.rpartition("-")
+        if role in ("prefill", "decode"):
             found[role] = max(found.get(role, 0), int(index) + 1)
     return found
 

@@ -181,6 +181,24 @@ def test_a_process_that_restarts_is_left_alone_until_it_has_ended(stand_in: Stan
         controller.stop()
 
 
+def test_a_controller_that_comes_with_the_loss_of_a_machine_replaces_what_ran_there(stand_in: StandInRay) -> None:
+    """A new deployment waits for its machines; one that runs has had them."""
+    settings = Settings(cluster=ClusterSettings(machines=2))
+    first = Controller(settings)
+    wait_for(lambda: any("1 of 2 machines" in state.problem for state in first.members()))
+    first.stop()
+    assert stand_in.actors == {}
+    stand_in.remote(object).options(name="gateway-0").remote()
+    second = Controller(settings)
+    try:
+        wait_for(lambda: {state.state for state in second.members()} == {"up"})
+        assert stand_in.workers("decode") == ["decode-0"]
+    finally:
+        for actor in list(stand_in.actors.values()):
+            actor.may_leave.set()
+        second.stop()
+
+
 def test_workers_come_and_leave_by_load(workers: tuple[Workers, str], stand_in: StandInRay) -> None:
     load, _ = workers
     controller = Controller(settings_that_hurry())
