@@ -102,6 +102,7 @@ class PrefillSession:
         `pieces_of`: blocks that go in `pieces` as they are computed, and then the tail does, too; None: neither."""
         if warm:
             token_ids = token_ids[: len(token_ids) // namespace.block_size * namespace.block_size]
+        self._has_told_not_stored = False
         self._token_ids = token_ids
         self._tenant = namespace.tenant
         self._priority = priority
@@ -309,7 +310,10 @@ class PrefillSession:
             record = self.record(index)
             stored = await self._store.put(self._keys[index], record, timeout_s=self._config.put_timeout_s)
         except KVStoreError as error:
-            logger.warning("a block was not stored, decode gets it from here: %s", error)
+            # One line a request: with a lost store this is true of every block of every prompt.
+            level = logging.DEBUG if self._has_told_not_stored else logging.WARNING
+            self._has_told_not_stored = True
+            logger.log(level, "block %d was not stored, decode gets it from here: %s", index, error)
             return False
         if stored:  # else it was there, and its bytes did not cross
             self._usage.store_bytes_written += len(record)
