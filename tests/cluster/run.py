@@ -71,7 +71,13 @@ def main() -> None:
     find_model("demo")  # converts it once, for all hosts
     arguments.log.write_text("")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the lab is taken down
-    env = {"PYTHONPATH": f"{ROOT}/src", "KVFERRY_CACHE": str(cache), "RAY_USAGE_STATS_ENABLED": "0"}
+    env = {
+        "PYTHONPATH": f"{ROOT}/src",
+        "KVFERRY_CACHE": str(cache),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # The hosts share one memory: when something else fills it, every host's Ray would kill what it runs.
+        "RAY_memory_monitor_refresh_ms": "0",
+    }
     visible = [ROOT, Path(sys.prefix), Path(sys.base_prefix), cache / "kvferry"]
     parts = [part for part in PARTS if part != "all"] if arguments.part == "all" else [arguments.part]
     started = time.monotonic()
