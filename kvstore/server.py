@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -20,6 +18,7 @@ from kvferry.kvstore.node_counters import NodeCounters
 from kvferry.kvstore.node_metrics import node_families
 from kvferry.proto import kvstore_pb2_grpc
 from kvferry.proto.grpc_options import Options, server_options
+from kvferry.proto.peer_security import PeerSecurity
 
 _HEALTH_NAMES = (health.OVERALL_HEALTH, SERVICE_NAME)
 
@@ -27,8 +26,8 @@ _HEALTH_NAMES = (health.OVERALL_HEALTH, SERVICE_NAME)
 class KVStoreServer:
     """Serves `backend` until `stop`, which also closes it. Start it once, on one event loop.
 
-    `interceptors` run before the store's own (authentication belongs there). Without
-    `credentials` the port speaks plain text. With them no bulk port is offered: it would be plain text still.
+    Without `security` it takes calls from everybody who reaches it, and binds loopback only. With TLS no bulk port is
+    offered: it would be plain text still.
     """
 
     def __init__(
@@ -36,15 +35,13 @@ class KVStoreServer:
         backend: Backend,
         config: NodeConfig | None = None,
         *,
-        interceptors: Sequence[Any] = (),
-        credentials: grpc.ServerCredentials | None = None,
+        security: PeerSecurity | None = None,
     ) -> None:
         self._backend = backend
         self._config = config if config is not None else NodeConfig()
-        self._interceptors = tuple(interceptors)
-        self._credentials = credentials
+        self._security = security or PeerSecurity()
         self._node = KVStoreNode(backend, self._config)
-        has_bulk = self._config.bulk_port is not None and credentials is None
+        has_bulk = self._config.bulk_port is not None and self._security.tls is None
         self._bulk = (
             BulkServer(self._node.records, self._node.sink, self._node.counters, self._config) if has_bulk else None
         )
@@ -76,10 +73,10 @@ class KVStoreServer:
         return self._node.staged_bytes
 
     async def start(self) -> int:
-        """Binds, serves and returns the port. Raises OSError when it cannot bind."""
+        """Binds, serves and returns the port. Raises OSError when it cannot bind, OpenPortRefused when it may not."""
         server = grpc.aio.server(
             interceptors=(
-                *self._interceptors,
+                *self._security.guards(),
                 ErrorInterceptor(stalled_reader_s=self._config.stalled_reader_s),
             ),
             options=_server_options(),
@@ -88,13 +85,7 @@ class KVStoreServer:
         kvstore_pb2_grpc.add_KVStoreServicer_to_server(self._node, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = _join_address(self._config.host, self._config.port)
-        try:
-            if self._credentials is None:
-                self._port = server.add_insecure_port(address)
-            else:
-                self._port = server.add_secure_port(address, self._credentials)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        self._port = self._security.add_port(server, address)
         if self._config.metrics is not None:
             self._metrics = MetricsEndpoint(
                 self._config.metrics, lambda: node_families(self.counters, self.staged_bytes, self._backend)
