@@ -79,6 +79,15 @@ class _File(BaseModel):
     tokens: Annotated[list[_Entry], Field(max_length=MAX_TOKENS)]
 
 
+def check_entry(entry: dict[str, object]) -> None:
+    """Raises ValueError, which names the key, for what is no entry of the file."""
+    try:
+        _Entry.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
 def read_client_tokens(path: Path) -> list[ClientToken]:
     """Raises ValueError, which names the file and the key and repeats no value, and OSError."""
     text = path.expanduser().read_text()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from kvferry.deploy.client_tokens import read_client_tokens
 from kvferry.deploy.edge_security import EdgeSecurity, EdgeTls
 from kvferry.deploy.security_settings import SecuritySettings
+from kvferry.deploy.settings import Settings
 from kvferry.proto.peer_security import PeerSecurity
-from kvferry.proto.tls_files import read_authorities, read_identity, read_key_pair
+from kvferry.proto.tls_files import first_name, read_authorities, read_identity, read_key_pair
 from kvferry.proto.token_file import read_tokens
 
 
@@ -34,9 +38,37 @@ def edge_security(security: SecuritySettings) -> EdgeSecurity:
     if tls is None:
         return EdgeSecurity(tokens_file=security.tokens_file, insecure=security.insecure)
     cert, key = read_key_pair(tls.gateway_cert or tls.cert, tls.gateway_key or tls.key)
-    client_ca = read_authorities(tls.client_ca or tls.ca) if tls.require_client_cert else None
+    client_ca = None
+    if tls.require_client_cert:  # the deployment's own processes are let in, too: they ask for health
+        client_ca = b"\n".join(map(read_authorities, {tls.ca, tls.client_ca or tls.ca}))
     return EdgeSecurity(
         tokens_file=security.tokens_file,
         tls=EdgeTls(cert=cert, key=key, client_ca=client_ca),
         insecure=security.insecure,
     )
+
+
+def gateway_security(security: SecuritySettings) -> PeerSecurity:
+    """How the deployment's own processes call a gateway: one with a certificate of its own is known by just that.
+
+    Raises as `peer_security`."""
+    peers, tls = peer_security(security), security.tls
+    if peers.tls is None or tls is None or tls.gateway_cert is None:
+        return peers
+    pem = read_authorities(tls.gateway_cert)
+    return replace(peers, tls=replace(peers.tls, ca=pem, server_name=first_name(pem)))
+
+
+def require_files(settings: Settings) -> None:
+    """Reads what the processes of a cluster will read, so that a mistake shows before they start. Raises as
+    `peer_security`."""
+    peer_security(settings.security)
+    edge = edge_security(settings.security)
+    if edge.tokens_file is not None and settings.gateway.count:
+        try:
+            read_client_tokens(edge.tokens_file)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"there is no file of client tokens at {edge.tokens_file} (security.tokens_file): "
+                "`kvferry token setup` makes one"
+            ) from None

@@ -48,3 +48,14 @@ def _certificates(path: Path, pem: bytes) -> list[x509.Certificate]:
     if over < datetime.datetime.now(datetime.UTC):
         raise ValueError(f"the certificate in {path} was valid until {over:%Y-%m-%d %H:%M} UTC: make a new one")
     return found
+
+
+def first_name(pem: bytes) -> str | None:
+    """A name or address that a certificate is for; None where it has none."""
+    certificate = x509.load_pem_x509_certificates(pem)[0]
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return None
+    found = names.get_values_for_type(x509.DNSName) + [str(ip) for ip in names.get_values_for_type(x509.IPAddress)]
+    return found[0].replace("*", "any") if found else None
