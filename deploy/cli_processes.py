@@ -61,9 +61,7 @@ def directory(
     security = _security(settings)
 
     async def serve() -> None:
-        place = DirectoryConfig(
-            host=host, port=port, lease_s=lease, state=state, metrics=settings.metrics.place(port)
-        )
+        place = DirectoryConfig(host=host, port=port, lease_s=lease, state=state, metrics=settings.metrics.place(port))
         server = DirectoryServer(place, security=security)
         await run_until_signal(ClusterMember(server, directory=None, roles=()), "directory", drain_timeout_s=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from kvferry.deploy.client_tokens import read_client_tokens
 from kvferry.deploy.edge_security import EdgeSecurity, EdgeTls
@@ -57,6 +58,18 @@ def gateway_security(security: SecuritySettings) -> PeerSecurity:
         return peers
     pem = read_authorities(tls.gateway_cert)
     return replace(peers, tls=replace(peers.tls, ca=pem, server_name=first_name(pem)))
+
+
+class Credentials(NamedTuple):
+    """How an operator's command asks the processes of a deployment."""
+
+    peers: PeerSecurity = PeerSecurity()
+    gateways: PeerSecurity = PeerSecurity()
+
+
+def operator_credentials(security: SecuritySettings) -> Credentials:
+    """Raises as `peer_security`."""
+    return Credentials(peer_security(security), gateway_security(security))
 
 
 def require_files(settings: Settings) -> None:

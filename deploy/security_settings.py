@@ -44,8 +44,7 @@ class SecuritySettings(Section):
     insecure: bool = False
     """Bind any address without asking callers who they are."""
     cluster_token_file: Path | None = None
-    """What processes of the deployment send each other; None with `cluster.bind: machine` and no `tls`:
-    ~/.kvferry/cluster_token."""
+    """What processes of the deployment send each other; None with `cluster.bind: machine`: ~/.kvferry/cluster_token."""
     tokens_file: Path | None = None
     """Tokens of clients, by tenant; None with `cluster.bind: machine`: ~/.kvferry/tokens.yaml."""
     tls: TlsSettings | None = None
@@ -63,7 +62,7 @@ class SecuritySettings(Section):
     def on_machines(self) -> SecuritySettings:
         """The same with the files that `kvferry up` puts on every machine, where no others are named."""
         given: dict[str, Path] = {}
-        if not self.insecure and self.tls is None and self.cluster_token_file is None:
+        if not self.insecure and self.cluster_token_file is None:
             given["cluster_token_file"] = CLUSTER_TOKEN_FILE
         asks_clients = self.tls is not None and self.tls.require_client_cert
         if not self.insecure and not asks_clients and self.tokens_file is None:

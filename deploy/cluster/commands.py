@@ -16,7 +16,7 @@ from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cluster.description import ClusterDescription, read_description
 from kvferry.deploy.cluster.host_processes import end_ray_processes
 from kvferry.deploy.cluster.shell import Shell, ShellError
-from kvferry.deploy.security import gateway_security, peer_security
+from kvferry.deploy.security import operator_credentials
 from kvferry.deploy.security_settings import CLUSTER_FOLDER, TOKENS_FILE
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.token_files import CLIENT_TOKEN
@@ -208,11 +208,12 @@ def restart_command(
                 lambda process: application.restart(name, process, drain_timeout),
                 only=only or (),
                 directory=settings.cluster.directory,
+                credentials=operator_credentials(settings.security),
                 wait_s=wait,
                 may_interrupt=interrupt,
                 progress=lambda line: print(line, flush=True),
             )
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))
     print(f"{count} processes were restarted")
 
@@ -257,12 +258,12 @@ def _status_here(settings: Settings, ray_address: str) -> dict[str, Any]:
 
     name = settings.cluster.name
     try:
-        peers, gateways = peer_security(settings.security), gateway_security(settings.security)
+        credentials = operator_credentials(settings.security)
         with application.connected(ray_address):
             states, scaling = application.members(name), application.scaling(name)
     except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))
-    return as_json(name, asyncio.run(gather(states, peers, gateways)), scaling)
+    return as_json(name, asyncio.run(gather(states, credentials)), scaling)
 
 
 def _print_status(status: dict[str, Any]) -> None:

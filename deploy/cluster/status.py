@@ -14,6 +14,7 @@ from rich.table import Table
 
 from kvferry.deploy.cluster.autoscaler import RoleScaling
 from kvferry.deploy.cluster.controller import MemberState
+from kvferry.deploy.security import Credentials
 from kvferry.proto import kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
 from kvferry.proto.peer_security import PeerSecurity
@@ -45,11 +46,11 @@ class ProcessStatus:
         return self.state == "up" and self.health == "SERVING"
 
 
-async def gather(states: Sequence[MemberState], peers: PeerSecurity, gateways: PeerSecurity) -> list[ProcessStatus]:
-    """Asks all at once; who does not answer within `ASK_TIMEOUT_S` is reported so. `gateways`: how these are asked."""
-    return list(
-        await asyncio.gather(*(_ask(state, gateways if state.role == "gateway" else peers) for state in states))
-    )
+async def gather(states: Sequence[MemberState], credentials: Credentials) -> list[ProcessStatus]:
+    """Asks all at once; who does not answer within `ASK_TIMEOUT_S` is reported so."""
+    peers, gateways = credentials
+    asked = (_ask(state, gateways if state.role == "gateway" else peers) for state in states)
+    return list(await asyncio.gather(*asked))
 
 
 def as_json(name: str, processes: Sequence[ProcessStatus], scaling: Sequence[RoleScaling]) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-
-import click
-import typer
 
 from kvferry.deploy.cli_access import CaOption, SecurityConfigOption, TokenFileOption, client_access, peers_of
 from kvferry.deploy.client_access import ClientAccess
@@ -20,17 +18,18 @@ class Access:
     """For the gateway."""
 
 
+_access: ContextVar[Access | None] = ContextVar("kvferry_prefix_access", default=None)
+
+
 def read_access(
-    context: typer.Context,
     config: SecurityConfigOption = None,
     token_file: TokenFileOption = None,
     ca: CaOption = None,
 ) -> None:
     """Computed prefixes as files, and from store node to store node."""
-    context.obj = Access(peers=peers_of(config), client=client_access(token_file, ca))
+    _access.set(Access(peers=peers_of(config), client=client_access(token_file, ca)))
 
 
 def access() -> Access:
     """Of the command that runs."""
-    context = click.get_current_context(silent=True)
-    return context.obj if context is not None and isinstance(context.obj, Access) else Access()
+    return _access.get() or Access()
