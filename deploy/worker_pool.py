@@ -91,7 +91,9 @@ class PooledWorker(WorkerState):
             self._missed_slowly = is_slow = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             if not is_slow or self.is_silent or self.info is None:
                 self.info = None
-                self.problem = f"does not answer ({error.code().name})"
+                is_refusal = error.code() == grpc.StatusCode.UNAUTHENTICATED
+                answer = "does not take this gateway's token" if is_refusal else "does not answer"
+                self.problem = f"{answer} ({error.code().name})"
             return
         self._num_silent_polls = 0
         self.last_info = info
