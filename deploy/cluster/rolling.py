@@ -59,10 +59,10 @@ def rolling_restart(
 ) -> int:
     """Restarts the processes that `only` names, or all; returns how many.
 
-    `members` and `restart`: the controller's. `directory`: host:port of one that runs elsewhere. `credentials`: what the
-    processes ask for. A process that is not
-    back `wait_s` seconds after it was told to restart ends it all, with TimeoutError. Raises ValueError when something
-    is not well at the start, or, without `may_interrupt`, when a role that requests need has one process only.
+    `members` and `restart`: the controller's. `directory`: host:port of one elsewhere. `credentials`: what the
+    processes ask for. A process that is not back `wait_s` seconds after it was told to restart ends it all, with
+    TimeoutError. Raises ValueError when something is not well at the start, or, without `may_interrupt`, when a role
+    that requests need has one process only.
     """
     states = members()
     chosen = choose(states, only)

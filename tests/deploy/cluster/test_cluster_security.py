@@ -48,9 +48,9 @@ def test_processes_on_machines_have_tokens_where_no_others_are_named() -> None:
     assert files(**MACHINE) == (CLUSTER_TOKEN_FILE, TOKENS_FILE)
     assert files(**MACHINE, security={"tokens_file": "x"}) == (CLUSTER_TOKEN_FILE, Path("x"))
     assert files(**MACHINE, security={"insecure": True}) == (None, None)
-    assert files(**MACHINE, security={"tls": TLS}) == (None, TOKENS_FILE)
+    assert files(**MACHINE, security={"tls": TLS}) == (CLUSTER_TOKEN_FILE, TOKENS_FILE)
     client_certificates = {**TLS, "require_client_cert": True, "client_ca": "d"}
-    assert files(**MACHINE, security={"tls": client_certificates}) == (None, None)
+    assert files(**MACHINE, security={"tls": client_certificates}) == (CLUSTER_TOKEN_FILE, None)
 
 
 def test_up_makes_the_tokens_and_brings_them(tmp_path: Path, home: Path) -> None:
