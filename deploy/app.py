@@ -32,7 +32,7 @@ from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.assembly import decode_config, make_gateway, model_config, prefill_config
 from kvferry.deploy.models import find_model
 from kvferry.deploy.rank_counts import RankCounts, threads_of_rank, with_ranks
-from kvferry.deploy.security import peer_security
+from kvferry.deploy.security import peer_security, require_asking
 from kvferry.deploy.security_settings import SecuritySettings
 from kvferry.deploy.settings import DecodeSettings, PrefillSettings, Settings
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
@@ -181,6 +181,7 @@ class Deployment:
                 "gateway.count: one machine has one gateway; other numbers are for a cluster, see kvferry up"
             )
         find_model(settings.model)  # a wrong name should fail before anything starts; converts a GGUF file once
+        require_asking(settings)
         ranks = RankCounts.of(settings)
         workers = settings.prefill.count + settings.decode.count
         self._ray_dir = tempfile.mkdtemp(prefix="kvferry-ray-")

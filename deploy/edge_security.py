@@ -47,14 +47,18 @@ class EdgeSecurity:
         """Whether nobody is asked who he is."""
         return self.tokens_file is None and (self.tls is None or self.tls.client_ca is None)
 
-    def add_port(self, server: grpc.aio.Server, address: str) -> int:
-        """Binds host:port and returns the port. Raises OpenPortRefused, and OSError when it is taken."""
+    def require_asking(self, address: str) -> None:
+        """Raises OpenPortRefused where host:port would let everybody in who reaches it."""
         if self.is_open and not self.insecure and not is_loopback(address.rpartition(":")[0]):
             raise OpenPortRefused(
                 f"{address} may be reached by others, and the gateway would serve everybody: set security.tokens_file "
                 "(`kvferry token setup` makes one) or security.tls.require_client_cert, or bind 127.0.0.1, or set "
                 "security.insecure to true in a network where you trust everybody"
             )
+
+    def add_port(self, server: grpc.aio.Server, address: str) -> int:
+        """Binds host:port and returns the port. Raises OpenPortRefused, and OSError when it is taken."""
+        self.require_asking(address)
         credentials = None
         if self.tls is not None:
             credentials = grpc.ssl_server_credentials(

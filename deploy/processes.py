@@ -41,6 +41,7 @@ class WorkerProcess:
     async def start(self) -> str:
         """See `Drainable`. Loads the model."""
         settings = self._settings
+        self.security.require_asking(f"{self._host}:{self._port}")  # before that
         tune_malloc()
         ranks = settings.prefill if self._role == "prefill" else settings.decode
         torch.set_num_threads(threads_of_rank(settings, ranks.num_ranks, num_cores=os.cpu_count() or 1))

@@ -85,3 +85,16 @@ def require_files(settings: Settings) -> None:
                 f"there is no file of client tokens at {edge.tokens_file} (security.tokens_file): "
                 "`kvferry token setup` makes one"
             ) from None
+
+
+def require_asking(settings: Settings) -> None:
+    """Of a deployment on one machine, before models are loaded: raises OpenPortRefused for a port that would be open,
+    and as `peer_security`."""
+    peers = peer_security(settings.security)
+    edge_security(settings.security).require_asking(f"{settings.gateway.host}:{settings.gateway.port}")
+    store, prefill, decode = settings.store, settings.prefill, settings.decode
+    if not store.nodes:
+        peers.require_asking(f"{store.host}:{store.port}")
+    if prefill.count:
+        peers.require_asking(f"{prefill.host}:{prefill.port}")
+    peers.require_asking(f"{decode.host}:{decode.port}")

@@ -69,8 +69,8 @@ class PeerSecurity:
         """Interceptors that go before all others of a server."""
         return (TokenGuard(self.tokens),) if self.tokens else ()
 
-    def add_port(self, server: grpc.aio.Server, address: str) -> int:
-        """Binds host:port and returns the port. Raises OpenPortRefused, and OSError when it is taken."""
+    def require_asking(self, address: str) -> None:
+        """Raises OpenPortRefused where host:port would let everybody in who reaches it."""
         host = address.rpartition(":")[0]
         if self.is_open and not self.insecure and not is_loopback(host):
             raise OpenPortRefused(
@@ -78,6 +78,10 @@ class PeerSecurity:
                 "security.cluster_token_file (`kvferry token setup` makes one) or security.tls on every machine, or "
                 "bind 127.0.0.1, or set security.insecure to true in a network where you trust everybody"
             )
+
+    def add_port(self, server: grpc.aio.Server, address: str) -> int:
+        """Binds host:port and returns the port. Raises OpenPortRefused, and OSError when it is taken."""
+        self.require_asking(address)
         credentials = None if self.tls is None else self._server_credentials(self.tls)
         return add_port(server, address, credentials)
 

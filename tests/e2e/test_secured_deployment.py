@@ -201,6 +201,8 @@ def test_no_secret_is_in_a_log(secured: Secured) -> None:
         (["directory", "--host", "0.0.0.0", "--port", "0"], "security.cluster_token_file"),
         (["store", "--host", "0.0.0.0"], "security.cluster_token_file"),
         (["gateway", "--host", "0.0.0.0", "--port", "0"], "security.tokens_file"),
+        (["worker", "--host", "0.0.0.0"], "security.cluster_token_file"),
+        (["serve", "--host", "0.0.0.0"], "security.tokens_file"),
     ],
 )
 def test_an_open_port_is_refused_by_the_command(
