@@ -21,6 +21,7 @@ from kvferry.deploy.directory_epochs import EpochCounter
 from kvferry.deploy.directory_ledger import Ledger, Refused
 from kvferry.deploy.directory_metrics import directory_families
 from kvferry.deploy.members import Member
+from kvferry.kvstore.guard_metrics import guard_family
 from kvferry.kvstore.metrics_endpoint import MetricsEndpoint, MetricsPlace
 from kvferry.proto import directory_pb2, directory_pb2_grpc
 from kvferry.proto.grpc_options import server_options
@@ -75,6 +76,7 @@ class DirectoryServer:
         """Raises OSError or ValueError when the state file is none."""
         self._config = config
         self._security = security or PeerSecurity()
+        self._guards = self._security.guards()
         self._ledger = Ledger(
             EpochCounter(config.state), lease_s=config.lease_s, settle_s=config.settle_s, clock=time.monotonic
         )
@@ -89,7 +91,7 @@ class DirectoryServer:
     async def start(self) -> str:
         """Binds, serves and returns host:port. Raises OSError when it cannot bind, OpenPortRefused when it may not."""
         server = grpc.aio.server(
-            interceptors=self._security.guards(), options=server_options(max_receive_bytes=_MAX_REQUEST_BYTES)
+            interceptors=self._guards, options=server_options(max_receive_bytes=_MAX_REQUEST_BYTES)
         )
         directory_pb2_grpc.add_DirectoryServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -129,7 +131,8 @@ class DirectoryServer:
         return self._ledger
 
     async def _families(self) -> list[Metric]:
-        return list(directory_families(self._ledger, num_watchers=self._servicer.num_watchers))
+        told = directory_families(self._ledger, num_watchers=self._servicer.num_watchers)
+        return [*told, guard_family(self._guards, {})]
 
     async def _tick(self) -> None:
         while True:

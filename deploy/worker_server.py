@@ -32,6 +32,7 @@ from kvferry.kernels.layout import LAYOUT_VERSION
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES
 from kvferry.kvstore.connect import connect
+from kvferry.kvstore.guard_metrics import guard_family
 from kvferry.kvstore.metrics_endpoint import Collects, MetricsEndpoint
 from kvferry.kvstore.read_cache import ReadCache
 from kvferry.kvstore.ring import StoreRing
@@ -158,6 +159,7 @@ class WorkerServer:
         ring as `store_address`; closed with the server. `security`: who may call it, and how it calls others; without,
         everybody who reaches it, on loopback only."""
         self._security = security or PeerSecurity()
+        self._guards = self._security.guards()
         self._membership = membership
         self._following: asyncio.Task[None] | None = None
         self._remote_prefill = remote_prefill
@@ -194,7 +196,7 @@ class WorkerServer:
             self._store = self._nodes = connect(self._store_address, self._security)
             if self._store_cache_bytes is not None:
                 self._store = ReadCache(self._nodes, self._store_cache_bytes)
-        server = grpc.aio.server(interceptors=self._security.guards(), options=server_options())
+        server = grpc.aio.server(interceptors=self._guards, options=server_options())
         if isinstance(self._config, PrefillConfig):
             info = self._runtime.info(roles=["prefill"])
             self._add_prefill(server, self._config, info)
@@ -319,7 +321,7 @@ class WorkerServer:
                 store=self._store,
                 follower_pids=self._runtime.executors.follower_pids,
             )
-            return list(told)
+            return [*told, guard_family(self._guards, {"model_name": info.model_name})]
 
         of_requests: list[Collects] = []
         if self.prefill_servicer is not None:

@@ -7,10 +7,12 @@ import asyncio
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client.core import Metric
 
 from kvferry.kvstore.backend import Backend
 from kvferry.kvstore.bulk_server import BulkServer
 from kvferry.kvstore.config import MAX_MESSAGE_BYTES, NodeConfig
+from kvferry.kvstore.guard_metrics import guard_family
 from kvferry.kvstore.interceptor import SERVICE_NAME, ErrorInterceptor
 from kvferry.kvstore.metrics_endpoint import MetricsEndpoint
 from kvferry.kvstore.node import KVStoreNode
@@ -40,6 +42,7 @@ class KVStoreServer:
         self._backend = backend
         self._config = config if config is not None else NodeConfig()
         self._security = security or PeerSecurity()
+        self._guards = self._security.guards()
         self._node = KVStoreNode(backend, self._config)
         has_bulk = self._config.bulk_port is not None and self._security.tls is None
         self._bulk = (
@@ -76,7 +79,7 @@ class KVStoreServer:
         """Binds, serves and returns the port. Raises OSError when it cannot bind, OpenPortRefused when it may not."""
         server = grpc.aio.server(
             interceptors=(
-                *self._security.guards(),
+                *self._guards,
                 ErrorInterceptor(stalled_reader_s=self._config.stalled_reader_s),
             ),
             options=_server_options(),
@@ -87,9 +90,7 @@ class KVStoreServer:
         address = _join_address(self._config.host, self._config.port)
         self._port = self._security.add_port(server, address)
         if self._config.metrics is not None:
-            self._metrics = MetricsEndpoint(
-                self._config.metrics, lambda: node_families(self.counters, self.staged_bytes, self._backend)
-            )
+            self._metrics = MetricsEndpoint(self._config.metrics, self._families)
             self.metrics_port = await self._metrics.start()
         if self._bulk is not None:
             try:
@@ -103,6 +104,10 @@ class KVStoreServer:
         for name in _HEALTH_NAMES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return self._port
+
+    async def _families(self) -> list[Metric]:
+        told = await node_families(self.counters, self.staged_bytes, self._backend)
+        return [*told, guard_family(self._guards, {})]
 
     async def begin_drain(self) -> None:
         """Health goes NOT_SERVING; calls are still served."""

@@ -412,6 +412,10 @@ def test_nothing_tells_prompts_tokens_keys_or_secrets(served: Served, stub: infe
         ):
             worker_pb2_grpc.WorkerStub(channel).Describe(worker_pb2.DescribeRequest(), timeout=30)
         told.append(str(caught.value))
+    for name in ("prefill-0", "decode-0", "store"):
+        assert served.total(name, "calls_unauthenticated_total") >= 1
+    for reason in ("missing", "unknown"):
+        assert served.total("gateway", "gateway_calls_refused_total", reason=reason) >= 1
     served.redis.kill()  # what fails now is logged: with the password?
     _answer(stub, inference_pb2.GenerateRequest(text=f"again {text}", sampling=sampling, request_id="canary-lost"))
     _eventually(
