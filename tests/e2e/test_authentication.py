@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from kvferry.proto.peer_security import OpenPortRefused, PeerSecurity, is_loopba
 from kvferry.proto.token_file import new_token, read_tokens, write_secret
 from kvferry.proto.token_guard import TokenGuard
 
+ROOT = Path(__file__).resolve().parents[2]
 TOKEN, NEXT_TOKEN = new_token(), new_token()
 RIGHT = bearer_metadata(TOKEN)
 WRONG = [
@@ -220,6 +222,21 @@ async def test_one_that_asks_or_is_meant_is_not(security: PeerSecurity) -> None:
 def test_what_is_loopback() -> None:
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"))
     assert not any(is_loopback(host) for host in ("", "0.0.0.0", "::", "[::]", "localhost.example", "128.0.0.1"))
+
+
+def test_no_other_place_makes_channels_and_ports() -> None:
+    """But benchmarks, whose processes are on loopback or in networks of their own."""
+    makes = re.compile(r"\b(insecure_channel|secure_channel|add_insecure_port|add_secure_port)\(")
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("proto", "kvstore", "prefill", "decode", "deploy")
+        for path in (ROOT / folder).rglob("*.py")
+        if "_pb2" not in path.name and makes.search(path.read_text())
+    }
+    assert {path for path in found if not path.startswith("deploy/bench_")} == {
+        "proto/peer_security.py",
+        "deploy/client_access.py",
+    }
 
 
 # --- the token's file -------------------------------------------------------------------------------------------
