@@ -10,6 +10,7 @@ import grpc
 
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
+from kvferry.proto.peer_security import PeerSecurity
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,9 @@ MAX_SILENT = 2
 class PrefillPeer:
     """A prefill worker, and the channel to it. While somebody waits for it, it is asked whether it is there."""
 
-    def __init__(self, address: str, on_lost: Callable[[], None]) -> None:
+    def __init__(self, address: str, on_lost: Callable[[], None], security: PeerSecurity) -> None:
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=channel_options(ping_while_idle=True))
+        self.channel = security.channel(address, channel_options(ping_while_idle=True))
         self._on_lost = on_lost
         self._waiting: list[Callable[[], None]] = []
         self._asking: asyncio.Task[None] | None = None
@@ -76,14 +77,15 @@ class PrefillPeer:
 class PrefillPeers:
     """One for each address, kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, security: PeerSecurity | None = None) -> None:
+        self._security = security or PeerSecurity()
         self._peers: dict[str, PrefillPeer] = {}
         self.num_lost = 0
         """Times that a worker was given up."""
 
     def get(self, address: str) -> PrefillPeer:
         if address not in self._peers:
-            self._peers[address] = PrefillPeer(address, self._count)
+            self._peers[address] = PrefillPeer(address, self._count, self._security)
         return self._peers[address]
 
     async def close(self) -> None:

@@ -20,6 +20,7 @@ from kvferry.kernels.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from kvferry.kvstore.identity import namespace_of, unreadable_because
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.attempts import Attempts, CallEnded, Draining
+from kvferry.proto.peer_security import PeerSecurity
 from kvferry.proto.request_id import bind_request_id
 from kvferry.proto.trailing_metadata import RETRY_AFTER_KEY
 
@@ -40,16 +41,18 @@ class DecodeServicer(worker_pb2_grpc.DecodeServicer):
         config: DecodeConfig,
         local_prefill: Callable[[worker_pb2.PrefillStart, float], PrefillStream] | None = None,
         remote_prefill: type[RemotePrefillStream] = RemotePrefillStream,
+        security: PeerSecurity | None = None,
     ) -> None:
         """`local_prefill` opens an exchange with the prefill worker in this process, for requests that name no other;
-        its second argument is the time limit in seconds. `remote_prefill`: how to reach the others."""
+        its second argument is the time limit in seconds. `remote_prefill`: how to reach the others.
+        `security`: what they ask for."""
         self._remote_prefill = remote_prefill
         self._worker = worker
         self._info = info
         self._vocab_size = vocab_size
         self._config = config
         self._local_prefill = local_prefill
-        self._peers = PrefillPeers()
+        self._peers = PrefillPeers(security)
         self.warmer = AnswerWarmer()
         self.metrics = DecodeMetrics(info.model_name)
         self.attempts = Attempts()

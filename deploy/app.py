@@ -32,6 +32,8 @@ from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.assembly import decode_config, make_gateway, model_config, prefill_config
 from kvferry.deploy.models import find_model
 from kvferry.deploy.rank_counts import RankCounts, threads_of_rank, with_ranks
+from kvferry.deploy.security import peer_security, require_asking
+from kvferry.deploy.security_settings import SecuritySettings
 from kvferry.deploy.settings import DecodeSettings, PrefillSettings, Settings
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.kvstore.malloc import tune_malloc
@@ -66,7 +68,8 @@ class StoreActor(LoggingActor):
         config = dataclasses.replace(
             store.node_config(index), metrics=settings.metrics.place(store.port and store.port + index)
         )
-        self._server = KVStoreServer(backend, config)
+        security = await asyncio.to_thread(peer_security, settings.security)
+        self._server = KVStoreServer(backend, config, security=security)
         await self._server.start()
         return self._server.address
 
@@ -88,6 +91,7 @@ class WorkerActor(LoggingActor):
         threads: int,
         own_prefill: PrefillConfig | None,
         store_cache_bytes: int | None,
+        security: SecuritySettings,
     ) -> str:
         tune_malloc()
         torch.set_num_threads(threads)
@@ -98,6 +102,7 @@ class WorkerActor(LoggingActor):
             store_address=store,
             own_prefill=own_prefill,
             store_cache_bytes=store_cache_bytes,
+            security=await asyncio.to_thread(peer_security, security),
         )
         return await self._server.start()
 
@@ -176,6 +181,7 @@ class Deployment:
                 "gateway.count: one machine has one gateway; other numbers are for a cluster, see kvferry up"
             )
         find_model(settings.model)  # a wrong name should fail before anything starts; converts a GGUF file once
+        require_asking(settings)
         ranks = RankCounts.of(settings)
         workers = settings.prefill.count + settings.decode.count
         self._ray_dir = tempfile.mkdtemp(prefix="kvferry-ray-")
@@ -222,6 +228,7 @@ class Deployment:
                 threads_of_rank(settings, section.num_ranks, num_cores=cores),
                 own_prefill,
                 cache,
+                settings.security,
                 num_gpus=gpus(section.gpus, section.num_ranks),
             )
             for name, config, section in workers_of

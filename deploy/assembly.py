@@ -10,6 +10,7 @@ from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.membership import Membership
 from kvferry.deploy.models import end_token_ids, find_model, load_tokenizer, tokenizer_digest
 from kvferry.deploy.routing.router import Router
+from kvferry.deploy.security import edge_security, peer_security
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig
@@ -69,6 +70,8 @@ async def make_gateway(
     config = AutoConfig.from_pretrained(source.path)
     window = config.max_position_embeddings
     gateway = settings.gateway
+    security = await asyncio.to_thread(peer_security, settings.security)
+    edge = await asyncio.to_thread(edge_security, settings.security)
     return GatewayServer(
         GatewayConfig(
             model_name=settings.served_model_name or source.name,
@@ -78,6 +81,8 @@ async def make_gateway(
             port=gateway.port,
             metrics=settings.metrics.place(gateway.port),
             tenant=gateway.tenant,
+            security=security,
+            edge=edge,
             router=gateway.router,
             router_memory=gateway.router_memory,
             eos_token_ids=tuple(end_token_ids(source, tokenizer)),

@@ -223,7 +223,7 @@ class _Machines:
         return stores
 
     async def _start_node(self, stack: AsyncExitStack, log: Path, end: str, host: str, tiers: list[str]) -> str:
-        command = [sys.executable, "-m", "kvferry.kvstore", "--host", host, "--port", "0", *tiers]
+        command = [sys.executable, "-m", "kvferry.kvstore", "--host", host, "--port", "0", "--insecure", *tiers]
         node = await stack.enter_async_context(Process([*self._lab.inside(end), *command], log))
         line = await node.line_with("serving on ")
         return line.split("serving on ")[1].split(",")[0]

@@ -25,6 +25,7 @@ from kvferry.deploy.spec_file import resolve_spec
 from kvferry.deploy.worker_server import ModelConfig, ModelRuntime, WorkerServer
 from kvferry.prefill.config import PrefillConfig
 from kvferry.proto import worker_pb2, worker_pb2_grpc
+from kvferry.proto.peer_security import PeerSecurity
 
 IDLE_TIMEOUT_S = 120.0
 FETCH_TIMEOUT_S = 600.0
@@ -100,6 +101,7 @@ class Peer:
             store_address=store,
             own_prefill=prefill if role == "both" else None,
             remote_prefill=TimedPrefillStream,
+            security=PeerSecurity(insecure=True),  # in the lab's own network
         )
         self.addresses[name] = await server.start()
         self._stack.push_async_callback(server.stop, 0.2)

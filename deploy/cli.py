@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from kvferry.deploy.bench_router.command import bench_router_command
 from kvferry.deploy.bench_serve.command import bench_serve_command
+from kvferry.deploy.cli_access import CaOption, TokenFileOption, client_access
 from kvferry.deploy.cli_bench import bench_decode_command, bench_memory_command
 from kvferry.deploy.cli_bench_store import bench_store_command
 from kvferry.deploy.cli_bench_transfer import bench_transfer_command
@@ -28,6 +29,7 @@ from kvferry.deploy.cli_fidelity import calibrate_command, eval_command
 from kvferry.deploy.cli_prefetch import prefetch_prompt
 from kvferry.deploy.cli_prefill import bench_prefill_command
 from kvferry.deploy.cli_processes import register as register_processes
+from kvferry.deploy.cli_token import token as token_commands
 from kvferry.deploy.client import Client, ClientError, GenerateOptions
 from kvferry.deploy.cluster.commands import add_cluster_commands
 from kvferry.deploy.prefix.commands import prefix
@@ -62,6 +64,7 @@ app.command("calibrate")(calibrate_command)
 app.command("doctor")(doctor_command)
 app.add_typer(prefix, name="prefix")
 app.add_typer(config_commands, name="config")
+app.add_typer(token_commands, name="token")
 add_cluster_commands(app)
 register_processes(app)
 
@@ -133,6 +136,8 @@ def generate(
     address: Annotated[
         str, typer.Option(help="host:port of the gateway, or of several: a:7600,b:7600.")
     ] = "127.0.0.1:7600",
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -150,8 +155,9 @@ def generate(
     text = _prompt_text(prompt, prompt_file)
     if question:
         text = f"{text}\n\n{question}"
+    access = client_access(token_file, ca)
     if prefetch:
-        prefetch_prompt(address, text, raw=raw, as_json=as_json, timeout=timeout)
+        prefetch_prompt(address, text, access=access, raw=raw, as_json=as_json, timeout=timeout)
         return
     options: GenerateOptions = {
         "timeout": timeout,
@@ -169,7 +175,7 @@ def generate(
     ids: list[int] = []
     reason, usage = "", None
     try:
-        with Client(address) as client:
+        with Client(address, access=access) as client:
             for chunk in client.stream(text if raw else None, **options):
                 pieces.append(chunk.text)
                 ids.extend(chunk.token_ids)

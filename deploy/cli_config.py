@@ -11,7 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from kvferry.deploy.cli_failure import fail
+from kvferry.deploy.security_settings import SecuritySettings
 from kvferry.deploy.settings import Settings
+from kvferry.proto.peer_security import is_loopback
 
 config = typer.Typer(help="Check a configuration file, or print the schema of its keys.", no_args_is_help=True)
 
@@ -60,8 +62,13 @@ def find_warnings(settings: Settings) -> list[str]:
     found = []
     cluster = settings.cluster
     is_cluster = cluster.bind == "machine" or cluster.machines > 1
-    if cluster.bind == "machine":
-        found.append("cluster.bind: machine opens every port to the machines' network, without authentication or TLS")
+    security = settings.security
+    if cluster.bind == "machine" and security.tls is None:
+        found.append(
+            "cluster.bind: machine sends prompts and blocks over the machines' network in plain text; see security.tls"
+        )
+    if security.insecure:
+        found.append("security.insecure: ports on any address serve everybody who reaches them")
     if cluster.machines > 1 and cluster.bind == "loopback":
         found.append("cluster.bind: loopback cannot join several machines: kvferry run will refuse; set it to machine")
     if is_cluster and settings.store.count > cluster.machines:
@@ -72,8 +79,8 @@ def find_warnings(settings: Settings) -> list[str]:
         found.append("gateway.count: kvferry serve has one gateway, and refuses other numbers")
     for section in ("gateway", "store", "prefill", "decode"):
         host = getattr(settings, section).host
-        if host not in ("127.0.0.1", "localhost", "::1"):
-            found.append(f"{section}.host: {host} may be reached by others; there is no authentication and no TLS")
+        if not is_loopback(host):
+            found.extend(_of_open_host(section, host, security))
     if settings.store.nodes and settings.store.replication == 1 and len(settings.store.nodes) > 1:
         found.append("store.replication: 1 copy: what a lost node had is computed again")
     prefill, decode = settings.prefill, settings.decode
@@ -84,3 +91,17 @@ def find_warnings(settings: Settings) -> list[str]:
     if prefill.port and decode.port and set(ranges[0]) & set(ranges[1]):
         found.append("prefill.port and decode.port: their ranges of ports overlap")
     return found
+
+
+def _of_open_host(section: str, host: str, security: SecuritySettings) -> list[str]:
+    """What others may do who reach this section's port."""
+    tls = security.tls
+    if section == "gateway":
+        is_open = security.tokens_file is None and (tls is None or not tls.require_client_cert)
+        needed = "security.tokens_file"
+    else:
+        is_open = security.cluster_token_file is None and tls is None
+        needed = "security.cluster_token_file"
+    if is_open and not security.insecure:
+        return [f"{section}.host: {host} may be reached by others, so the start will be refused: set {needed}"]
+    return [] if tls is not None else [f"{section}.host: {host} may be reached by others, in plain text"]

@@ -7,15 +7,16 @@ from dataclasses import asdict
 
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.client import Client, ClientError, PromptOptions
+from kvferry.deploy.client_access import ClientAccess
 
 
-def prefetch_prompt(address: str, text: str, *, raw: bool, as_json: bool, timeout: float) -> None:
+def prefetch_prompt(address: str, text: str, *, access: ClientAccess, raw: bool, as_json: bool, timeout: float) -> None:
     """Has the prompt's complete blocks computed and stored, and prints what was done."""
     options: PromptOptions = {"timeout": timeout}
     if not raw:
         options["messages"] = [{"role": "user", "content": text}]
     try:
-        with Client(address) as client:
+        with Client(address, access=access) as client:
             done = client.warm(text if raw else None, **options)
     except ClientError as error:
         fail(str(error))

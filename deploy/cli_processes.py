@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.settings import Settings
+from kvferry.proto.peer_security import PeerSecurity
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML or TOML file; see docs/configuration.md.")]
 DirectoryOption = Annotated[str, typer.Option(help="host:port of the directory.")]
@@ -52,14 +53,16 @@ def directory(
     config: ConfigOption = None,
 ) -> None:
     """Run the directory, which tells workers, store nodes and gateways of each other. Of the configuration it needs the
-    metrics section only."""
-    metrics = _settings(config).metrics
+    metrics and security sections only."""
+    settings = _settings(config)
     from kvferry.deploy.cluster_member import ClusterMember, run_until_signal
     from kvferry.deploy.directory_server import DirectoryConfig, DirectoryServer
 
+    security = _security(settings)
+
     async def serve() -> None:
-        place = metrics.place(port)
-        server = DirectoryServer(DirectoryConfig(host=host, port=port, lease_s=lease, state=state, metrics=place))
+        place = DirectoryConfig(host=host, port=port, lease_s=lease, state=state, metrics=settings.metrics.place(port))
+        server = DirectoryServer(place, security=security)
         await run_until_signal(ClusterMember(server, directory=None, roles=()), "directory", drain_timeout_s=0)
 
     _run(serve())
@@ -81,8 +84,13 @@ def worker(
     from kvferry.deploy.cluster_member import run_until_signal
     from kvferry.deploy.processes import worker_member
 
-    member = worker_member(settings, role.value, directory=directory, host=host, port=port, advertise_host=advertise)
-    _run(run_until_signal(member, f"{role.value} worker", drain_timeout_s=drain_timeout))
+    async def serve() -> None:
+        member = worker_member(
+            settings, role.value, directory=directory, host=host, port=port, advertise_host=advertise
+        )
+        await run_until_signal(member, f"{role.value} worker", drain_timeout_s=drain_timeout)
+
+    _run(serve())
 
 
 def gateway(
@@ -99,8 +107,11 @@ def gateway(
     from kvferry.deploy.cluster_member import run_until_signal
     from kvferry.deploy.processes import gateway_member
 
-    member = gateway_member(settings, directory=directory, advertise_host=advertise)
-    _run(run_until_signal(member, "gateway", drain_timeout_s=drain_timeout))
+    async def serve() -> None:
+        member = gateway_member(settings, directory=directory, advertise_host=advertise)
+        await run_until_signal(member, "gateway", drain_timeout_s=drain_timeout)
+
+    _run(serve())
 
 
 def store(
@@ -117,8 +128,11 @@ def store(
     from kvferry.deploy.cluster_member import run_until_signal
     from kvferry.deploy.store_process import store_member
 
-    member = store_member(settings, directory=directory, host=host, port=port, advertise_host=advertise)
-    _run(run_until_signal(member, "store node", drain_timeout_s=drain_timeout))
+    async def serve() -> None:
+        member = store_member(settings, directory=directory, host=host, port=port, advertise_host=advertise)
+        await run_until_signal(member, "store node", drain_timeout_s=drain_timeout)
+
+    _run(serve())
 
 
 def members(
@@ -129,16 +143,18 @@ def members(
     ] = False,
     config: ConfigOption = None,
 ) -> None:
-    """List who is in the directory. `--config` matters to --targets only: its metrics section."""
+    """List who is in the directory. Of `--config` its security section is needed, and with --targets its
+    metrics section."""
     from kvferry.deploy.directory_client import list_members
     from kvferry.deploy.scrape_targets import scrape_targets
 
+    settings = _settings(config)
     try:
-        known = asyncio.run(list_members(directory))
+        known = asyncio.run(list_members(directory, security=_security(settings)))
     except (OSError, ValueError) as error:
         fail(str(error))
     if targets:
-        offset = _settings(config).metrics.port_offset
+        offset = settings.metrics.port_offset
         print(json.dumps(scrape_targets(directory, known, port_offset=offset), indent=2))
         return
     if as_json:
@@ -154,6 +170,15 @@ def _run(serving: Coroutine[Any, Any, None]) -> None:
     try:
         asyncio.run(serving)
     except (OSError, RuntimeError, ValueError) as error:
+        fail(str(error))
+
+
+def _security(settings: Settings) -> PeerSecurity:
+    from kvferry.deploy.security import peer_security
+
+    try:
+        return peer_security(settings.security)
+    except (OSError, ValueError) as error:
         fail(str(error))
 
 

@@ -14,6 +14,7 @@ ClientError
 ├── Overloaded          too many requests: try again after `retry_after` seconds
 ├── Unavailable         no gateway at this address, or no workers behind it, or they went away: try again later
 ├── DeadlineExceeded    (a TimeoutError) the answer was not complete in time
+├── Unauthenticated     the gateway asks for a token, or does not take this one
 ├── Cancelled           the call was cancelled, or tried anew with the same request_id
 └── ServerError         something went wrong on the other side
 
@@ -30,6 +31,7 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
+from kvferry.deploy.client_access import ClientAccess
 from kvferry.deploy.client_errors import (
     Cancelled,
     ClientError,
@@ -38,6 +40,7 @@ from kvferry.deploy.client_errors import (
     ModelNotFound,
     Overloaded,
     ServerError,
+    Unauthenticated,
     Unavailable,
 )
 from kvferry.deploy.client_messages import (
@@ -64,7 +67,6 @@ from kvferry.deploy.client_messages import (
 )
 from kvferry.deploy.client_resume import Gateways, Resumption, RetryPolicy, split_addresses
 from kvferry.proto import inference_pb2, inference_pb2_grpc
-from kvferry.proto.grpc_options import channel_options
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -73,6 +75,7 @@ __all__ = [
     "Choice",
     "Chunk",
     "Client",
+    "ClientAccess",
     "ClientError",
     "Completion",
     "DeadlineExceeded",
@@ -89,6 +92,7 @@ __all__ = [
     "ServerError",
     "TokenCount",
     "TokenLogprobs",
+    "Unauthenticated",
     "Unavailable",
     "Usage",
     "Warmed",
@@ -106,18 +110,14 @@ class Client:
         self,
         address: str | Sequence[str] = DEFAULT_ADDRESS,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
+        access: ClientAccess | None = None,
         retry: RetryPolicy | None = None,
     ) -> None:
-        """Raises ValueError without an address."""
+        """`access`: None: as the environment says, see `ClientAccess.find`. Raises ValueError without an address."""
         self._gateways = Gateways(split_addresses(address))
         self._retry = retry or RetryPolicy()
-        self._channels = [
-            grpc.insecure_channel(one, options=channel_options())
-            if credentials is None
-            else grpc.secure_channel(one, credentials, options=channel_options())
-            for one in self._gateways.addresses
-        ]
+        access = access or ClientAccess.find()
+        self._channels = [access.channel(one) for one in self._gateways.addresses]
         self._stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in self._channels]
 
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion:
@@ -194,18 +194,14 @@ class AsyncClient:
         self,
         address: str | Sequence[str] = DEFAULT_ADDRESS,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
+        access: ClientAccess | None = None,
         retry: RetryPolicy | None = None,
     ) -> None:
-        """Raises ValueError without an address."""
+        """`access`: None: as the environment says, see `ClientAccess.find`. Raises ValueError without an address."""
         self._gateways = Gateways(split_addresses(address))
         self._retry = retry or RetryPolicy()
-        self._channels = [
-            grpc.aio.insecure_channel(one, options=channel_options())
-            if credentials is None
-            else grpc.aio.secure_channel(one, credentials, options=channel_options())
-            for one in self._gateways.addresses
-        ]
+        access = access or ClientAccess.find()
+        self._channels = [access.aio_channel(one) for one in self._gateways.addresses]
         self._stubs = [inference_pb2_grpc.InferenceStub(channel) for channel in self._channels]
 
     async def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion:

@@ -31,6 +31,10 @@ class Unavailable(ClientError):
     pass
 
 
+class Unauthenticated(ClientError):
+    pass
+
+
 class DeadlineExceeded(ClientError, TimeoutError):
     pass
 
@@ -63,6 +67,8 @@ def client_error(error: grpc.RpcError, address: str) -> ClientError:
             return Unavailable(details)
         case grpc.StatusCode.ABORTED if ERROR_KEY in trailing:
             return Cancelled(details)  # a newer attempt has begun
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return Unauthenticated(details)
         case grpc.StatusCode.UNAVAILABLE:
             return Unavailable(f"No gateway answers at {address}, or the connection to it broke.")
         case grpc.StatusCode.DEADLINE_EXCEEDED:

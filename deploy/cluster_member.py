@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvferry.deploy.directory_client import Registration
+from kvferry.proto.peer_security import PeerSecurity
 
 _logger = logging.getLogger(__name__)
 
@@ -49,15 +50,17 @@ class ClusterMember:
         advertise_host: str | None = None,
         on_joining: Callable[[Registration], None] = lambda registration: None,
         on_lease_lost: Callable[[], None] = lambda: None,
+        security: PeerSecurity | None = None,
     ) -> None:
         """`advertise_host`: where the others reach this machine, if not at the address that is bound. `on_joining` gets
-        the registration; for `on_lease_lost` see there."""
+        the registration; for `on_lease_lost` see there. `security`: what the directory asks for."""
         self._server = server
         self._directory = directory
         self._roles = roles
         self._advertise_host = advertise_host
         self._on_joining = on_joining
         self._on_lease_lost = on_lease_lost
+        self._security = security
         self._registration: Registration | None = None
 
     async def start(self) -> str:
@@ -67,7 +70,11 @@ class ClusterMember:
             address = f"{self._advertise_host}:{address.rpartition(':')[2]}"
         if self._directory is not None:
             self._registration = Registration(
-                self._directory, address=address, roles=self._roles, on_lease_lost=self._on_lease_lost
+                self._directory,
+                address=address,
+                roles=self._roles,
+                on_lease_lost=self._on_lease_lost,
+                security=self._security,
             )
             self._on_joining(self._registration)
             self._registration.start()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvferry.deploy.edge_security import EdgeSecurity
 from kvferry.deploy.routing.policies import Policy
 from kvferry.deploy.routing.prefix import DEFAULT_INDEX_BYTES
 from kvferry.kvstore.metrics_endpoint import MetricsPlace
+from kvferry.proto.peer_security import PeerSecurity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,9 @@ class GatewayConfig:
     prefill_workers: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 7600  # 0: any free port
-    tenant: str = "default"  # cache namespace
+    tenant: str = "default"  # cache namespace of requests whose clients are not asked for a token
+    security: PeerSecurity = field(default_factory=PeerSecurity)  # what workers ask for
+    edge: EdgeSecurity = field(default_factory=EdgeSecurity)  # what clients are asked for
     eos_token_ids: tuple[int, ...] = ()
     tokenizer_digest: bytes = b""  # of the gateway's tokenizer; workers with another one are not used
     limits: RequestLimits = field(default_factory=RequestLimits)

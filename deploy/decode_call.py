@@ -76,7 +76,8 @@ def request_error(error: grpc.aio.AioRpcError, *, num_tokens: int) -> RequestErr
     match error.code():
         case grpc.StatusCode.UNAVAILABLE if is_draining(error):
             return WorkerDraining("The worker is about to end and takes no new requests.")
-        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
+        # A worker that does not know our token, or its prefill worker's: others may.
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.UNAUTHENTICATED:
             return _lost(num_tokens)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"The request's time was over after {num_tokens} tokens.")

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvferry.deploy.app import Deployment
-from kvferry.deploy.client import Client
+from kvferry.deploy.client import Client, ClientAccess
+from kvferry.deploy.security_settings import SecuritySettings
 from kvferry.deploy.settings import Settings
 from kvferry.kvstore.ring import StoreRing
 from kvferry.kvstore.ring_config import RingConfig
@@ -44,7 +45,8 @@ def run_demo(settings: Settings, *, document: Path | None, json_path: Path | Non
     text = document.read_text() if document else (files("kvferry.deploy") / "handbook.md").read_text()
     console.print("Starting store, prefill worker, decode worker and gateway under a local Ray ...")
     started = time.monotonic()
-    with Deployment(settings) as deployment, Client(deployment.address) as client:
+    settings = settings.model_copy(update={"security": SecuritySettings()})  # on loopback, with a client of its own
+    with Deployment(settings) as deployment, Client(deployment.address, access=ClientAccess()) as client:
         console.print(f"... serving on {deployment.address} after {time.monotonic() - started:.1f} s")
         for name, pid in deployment.processes.items():
             console.print(f"    {name:10} process {pid}")

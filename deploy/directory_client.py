@@ -18,6 +18,7 @@ from kvferry.deploy.config import check_address
 from kvferry.deploy.members import Member, Members
 from kvferry.proto import directory_pb2, directory_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
+from kvferry.proto.peer_security import PeerSecurity
 
 _logger = logging.getLogger(__name__)
 
@@ -54,16 +55,15 @@ class Registration:
         address: str,
         roles: Sequence[str],
         on_lease_lost: Callable[[], None] = lambda: None,
-        channel: Callable[[str], grpc.aio.Channel] | None = None,
+        security: PeerSecurity | None = None,
     ) -> None:
         """`address`: host:port where the others reach this process. `on_lease_lost` runs when a lease ended behind this
-        process's back, because it was stopped or cut off: what it ran is running elsewhere. `channel` makes the
-        channel, for other credentials than none. Raises ValueError."""
+        process's back, because it was stopped or cut off: what it ran is running elsewhere. Raises ValueError."""
         check_address(directory)
         self._member = Member(address, tuple(roles), secrets.token_hex(16))
         self._directory = directory
         self._on_lease_lost = on_lease_lost
-        self._make_channel = channel or _plain_channel
+        self._security = security or PeerSecurity()
         self._task: asyncio.Task[None] | None = None
         self.epoch = 0
         """See `Lease`."""
@@ -74,7 +74,7 @@ class Registration:
 
     def start(self) -> None:
         """Begins to announce; does not wait for the directory."""
-        self._channel = self._make_channel(self._directory)
+        self._channel = self._security.channel(self._directory, channel_options())
         self._stub = directory_pb2_grpc.DirectoryStub(self._channel)
         self._task = asyncio.create_task(self._announce_forever())
 
@@ -135,20 +135,20 @@ class DirectoryMembership:
         directory: str,
         *,
         roles: Sequence[str] = (),
-        channel: Callable[[str], grpc.aio.Channel] | None = None,
+        security: PeerSecurity | None = None,
     ) -> None:
         """`roles`: only members with one of these; none: all. Raises ValueError."""
         check_address(directory)
         self._directory = directory
         self._roles = tuple(roles)
-        self._make_channel = channel or _plain_channel
+        self._security = security or PeerSecurity()
         self._channel: grpc.aio.Channel | None = None
         self.members = Members()
         """Those known last."""
 
     async def watch(self) -> AsyncIterator[Members]:
         """See `Membership`."""
-        self._channel = self._make_channel(self._directory)
+        self._channel = self._security.channel(self._directory, channel_options())
         stub = directory_pb2_grpc.DirectoryStub(self._channel)
         pauses = Pauses()
         told = None
@@ -180,10 +180,10 @@ class DirectoryMembership:
         return Members(tuple(members)) if reply.settled else self.members.updated(members)
 
 
-async def list_members(directory: str, *, timeout_s: float = 5.0) -> Members:
+async def list_members(directory: str, *, security: PeerSecurity | None = None, timeout_s: float = 5.0) -> Members:
     """Who is in the directory now. Raises OSError when it does not answer, ValueError for what is no host:port."""
     check_address(directory)
-    async with _plain_channel(directory) as channel:
+    async with (security or PeerSecurity()).channel(directory, channel_options()) as channel:
         call = directory_pb2_grpc.DirectoryStub(channel).Watch(directory_pb2.WatchRequest(), timeout=timeout_s)
         try:
             reply = await _next_reply(call)
@@ -203,10 +203,6 @@ async def _next_reply(
     async with asyncio.timeout(_SILENCE_S):
         reply: object = await call.read()
     return reply if isinstance(reply, directory_pb2.WatchReply) else None
-
-
-def _plain_channel(address: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(address, options=channel_options())
 
 
 def _reason(error: Exception) -> str:

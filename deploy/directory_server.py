@@ -21,9 +21,11 @@ from kvferry.deploy.directory_epochs import EpochCounter
 from kvferry.deploy.directory_ledger import Ledger, Refused
 from kvferry.deploy.directory_metrics import directory_families
 from kvferry.deploy.members import Member
+from kvferry.kvstore.guard_metrics import guard_family
 from kvferry.kvstore.metrics_endpoint import MetricsEndpoint, MetricsPlace
 from kvferry.proto import directory_pb2, directory_pb2_grpc
 from kvferry.proto.grpc_options import server_options
+from kvferry.proto.peer_security import PeerSecurity
 
 _logger = logging.getLogger(__name__)
 
@@ -62,20 +64,19 @@ class DirectoryConfig:
 
 
 class DirectoryServer:
-    """Serves until `stop`. Start it once, on one event loop. `interceptors` run before it (authentication belongs
-    there); without `credentials` the port speaks plain text."""
+    """Serves until `stop`. Start it once, on one event loop. Without `security` it takes everybody who reaches it, and
+    binds loopback only."""
 
     def __init__(
         self,
         config: DirectoryConfig,
         *,
-        interceptors: Sequence[Any] = (),
-        credentials: grpc.ServerCredentials | None = None,
+        security: PeerSecurity | None = None,
     ) -> None:
         """Raises OSError or ValueError when the state file is none."""
         self._config = config
-        self._interceptors = tuple(interceptors)
-        self._credentials = credentials
+        self._security = security or PeerSecurity()
+        self._guards = self._security.guards()
         self._ledger = Ledger(
             EpochCounter(config.state), lease_s=config.lease_s, settle_s=config.settle_s, clock=time.monotonic
         )
@@ -88,20 +89,13 @@ class DirectoryServer:
         """Where Prometheus asks, once started; 0: nowhere."""
 
     async def start(self) -> str:
-        """Binds, serves and returns host:port. Raises OSError when it cannot bind."""
+        """Binds, serves and returns host:port. Raises OSError when it cannot bind, OpenPortRefused when it may not."""
         server = grpc.aio.server(
-            interceptors=self._interceptors, options=server_options(max_receive_bytes=_MAX_REQUEST_BYTES)
+            interceptors=self._guards, options=server_options(max_receive_bytes=_MAX_REQUEST_BYTES)
         )
         directory_pb2_grpc.add_DirectoryServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        address = f"{self._config.host}:{self._config.port}"
-        try:
-            if self._credentials is None:
-                port = server.add_insecure_port(address)
-            else:
-                port = server.add_secure_port(address, self._credentials)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        port = self._security.add_port(server, f"{self._config.host}:{self._config.port}")
         if self._config.metrics is not None:
             self._endpoint = MetricsEndpoint(self._config.metrics, self._families)
             self.metrics_port = await self._endpoint.start()
@@ -137,7 +131,8 @@ class DirectoryServer:
         return self._ledger
 
     async def _families(self) -> list[Metric]:
-        return list(directory_families(self._ledger, num_watchers=self._servicer.num_watchers))
+        told = directory_families(self._ledger, num_watchers=self._servicer.num_watchers)
+        return [*told, guard_family(self._guards, {})]
 
     async def _tick(self) -> None:
         while True:

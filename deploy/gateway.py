@@ -32,6 +32,7 @@ from kvferry.deploy.errors import (
 from kvferry.deploy.gateway_counters import GatewayCounters
 from kvferry.deploy.interceptor import seconds_left
 from kvferry.deploy.membership import Lease
+from kvferry.deploy.principal import current_principal
 from kvferry.deploy.prompt import PromptEncoder, Tokenizer
 from kvferry.deploy.received import Received
 from kvferry.deploy.request_record import request_record
@@ -106,6 +107,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateChunk]:
         began = time.monotonic()
+        tenant = current_principal().tenant
         deadline = began + seconds_left(context, self._config.limits.default_timeout_s)
         self._check_model(request.model)
         params = self._sampling.read(request.sampling)
@@ -113,7 +115,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
         received = _received(request, params.n)
         self.counters.num_requests += 1
         self.counters.num_resumed += bool(received)
-        with self._unique_request_id(request) as (request_id, attempt):
+        with self._unique_request_id(request, tenant) as (request_id, attempt):
             self._check_serving()
             async with self._answering.slot():
                 request_record().admitted()
@@ -125,7 +127,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                 )
                 decode_request = worker_pb2.DecodeRequest(
                     request_id=request_id,
-                    tenant=self._config.tenant,
+                    tenant=tenant,
                     token_ids=token_ids,
                     sampling=params,
                     priority=request.priority,
@@ -150,6 +152,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
     async def Warm(self, request: inference_pb2.WarmRequest, context: Any) -> inference_pb2.WarmReply:
         """Takes no turn of `Generate`, and does not count where requests are shared out: it only fills idle time."""
         deadline = time.monotonic() + seconds_left(context, self._config.limits.default_timeout_s)
+        tenant = current_principal().tenant
         self._check_model(request.model)
         self._prompts.check(request)
         self._check_serving()
@@ -160,7 +163,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                 raise PromptTooLong(
                     f"The prompt has {len(token_ids):,} tokens; the model takes {max_model_len - 1:,} and an answer."
                 )
-            warmed = worker_pb2.DecodeRequest(tenant=self._config.tenant, token_ids=token_ids)
+            warmed = worker_pb2.DecodeRequest(tenant=tenant, token_ids=token_ids)
             route = self._pick(warmed, (), warm=True)
             worker = route.prefill or route.decode
             with route.prefilling():
@@ -168,7 +171,7 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
                     worker,
                     token_ids,
                     request_id=secrets.token_hex(16),
-                    tenant=self._config.tenant,
+                    tenant=tenant,
                     priority=request.priority,
                     timeout_s=max(deadline - time.monotonic(), 0.001),
                 )
@@ -297,22 +300,22 @@ class Gateway(inference_pb2_grpc.InferenceServicer):
             raise UnknownModel(f"This gateway serves {self._config.model_name!r} only.")
 
     @contextmanager
-    def _unique_request_id(self, request: inference_pb2.GenerateRequest) -> Iterator[tuple[str, int]]:
+    def _unique_request_id(self, request: inference_pb2.GenerateRequest, tenant: str) -> Iterator[tuple[str, int]]:
         """(request_id, the first attempt's number) while the request runs. A client that tries again ends its older
-        attempt here."""
+        attempt here; another tenant's request with the same id is another request."""
         request_id = request.request_id or secrets.token_hex(16)
         if not REQUEST_ID.fullmatch(request_id):
             raise InvalidField(
                 f"request_id is {len(request_id)} characters long; "
                 "allowed: 1 to 128 letters, digits, '.', '_', ':' or '-'."
             )
-        if not request.attempt and self._running.runs("", request_id):
+        if not request.attempt and self._running.runs(tenant, request_id):
             raise RequestIdInUse("A request with this request_id is running.")
         bind_request_id(request_id)
         # A gateway's own attempts count up from the client's, or from the time: so they grow from request to request.
         attempt = request.attempt or time.time_ns() // 1_000_000 * ATTEMPTS_OF_A_GATEWAY
         try:
-            with self._running.running("", request_id, attempt):
+            with self._running.running(tenant, request_id, attempt):
                 yield request_id, attempt
         except Draining as error:
             raise GatewayDraining("This gateway is about to end; ask another one.") from error

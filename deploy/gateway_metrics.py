@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric
 
-from kvferry.kvstore.metric_families import Described, gauge
+from kvferry.kvstore.metric_families import Described, counter, gauge
 from kvferry.kvstore.metrics_endpoint import PREFIX
 
 ROLE = "gateway"
@@ -19,6 +19,11 @@ FINISH_REASONS = ("stop", "length")
 RUNNING = Described("num_requests_running", "Requests that are worked on.")
 WAITING = Described("num_requests_waiting", "Requests that wait for their turn.")
 PAIRS = Described("gateway_worker_pairs", "Pairs of a prefill and a decode worker that may serve a request now.")
+REFUSED = Described("gateway_calls_refused", "Calls refused for want of a valid credential.")
+TOKEN_RELOADS = Described(
+    "gateway_token_reloads",
+    "Times that the changed file of client tokens was read: taken, or `failed` and left as it was.",
+)
 SERVING = Described("gateway_serving", "1: a request could be served now; 0: it could not.")
 
 
@@ -79,12 +84,21 @@ class GatewayMetrics:
 
 
 def gateway_families(
-    *, model_name: str, num_running: int, num_queued: int, num_pairs: int, serving: bool
+    *,
+    model_name: str,
+    num_running: int,
+    num_queued: int,
+    num_pairs: int,
+    serving: bool,
+    num_refused: Mapping[str, int],
+    token_reloads: Mapping[str, int],
 ) -> Iterator[Metric]:
-    """What the gateway does now."""
+    """What the gateway does now. `num_refused` is by reason, `token_reloads` by outcome."""
     labels = {"model_name": model_name}
     by_role = {**labels, "role": ROLE}
     yield gauge(RUNNING, [(by_role, num_running)])
     yield gauge(WAITING, [(by_role, num_queued)])
     yield gauge(PAIRS, [(labels, num_pairs)])
     yield gauge(SERVING, [(labels, serving)])
+    yield counter(REFUSED, [({**labels, "reason": reason}, count) for reason, count in num_refused.items()])
+    yield counter(TOKEN_RELOADS, [({**labels, "outcome": name}, count) for name, count in token_reloads.items()])

@@ -11,7 +11,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client.core import Metric
 
+from kvferry.deploy.client_tokens import ClientTokens
 from kvferry.deploy.config import GatewayConfig, ModelLimits
+from kvferry.deploy.edge_security import EdgeGuard
 from kvferry.deploy.gateway import SERVICE, Gateway
 from kvferry.deploy.gateway_metrics import GatewayMetrics, gateway_families
 from kvferry.deploy.interceptor import EdgeInterceptor
@@ -57,7 +59,9 @@ class GatewayServer:
         self._membership = membership or StaticMembership.of(
             decode=config.decode_workers, prefill=config.prefill_workers
         )
-        self._following: asyncio.Task[None] | None = None
+        self._following: list[asyncio.Task[None]] = []
+        self._tokens: ClientTokens | None = None
+        self._guard: EdgeGuard | None = None
         self._health = health.aio.HealthServicer()
         self._pool = WorkerPool(
             model_name=config.model_name,
@@ -65,6 +69,7 @@ class GatewayServer:
             poll_interval_s=config.poll_interval_s,
             poll_timeout_s=config.poll_timeout_s,
             on_change=self._update_health,
+            security=config.security,
         )
         self._gateway = Gateway(
             config,
@@ -81,15 +86,22 @@ class GatewayServer:
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> int:
-        """Listens, begins to look for workers, and returns the port. Raises OSError when the port is taken."""
+        """Listens, begins to look for workers, and returns the port. Raises OSError when the port is taken or the file
+        of tokens cannot be read, ValueError when it is none, OpenPortRefused when the port may not be open."""
         config, limits = self._config, self._config.limits
+        tokens = None
+        if config.edge.tokens_file is not None:
+            tokens = await asyncio.to_thread(ClientTokens, config.edge.tokens_file)
+        self._tokens = tokens
+        self._guard = EdgeGuard(tokens, config.security, default_tenant=config.tenant)
         server = grpc.aio.server(
             interceptors=[
+                self._guard,
                 EdgeInterceptor(
                     SERVICE,
                     default_timeout_s=limits.default_timeout_s,
                     write_timeout_s=limits.write_timeout_s,
-                )
+                ),
             ],
             options=server_options(max_receive_bytes=limits.max_prompt_bytes + _MESSAGE_OVERHEAD_BYTES),
         )
@@ -98,11 +110,10 @@ class GatewayServer:
         gateway_pb2_grpc.add_GatewayServicer_to_server(_Stats(self._gateway), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self._update_health()
-        try:
-            port = server.add_insecure_port(f"{config.host}:{config.port}")
-        except RuntimeError:
-            raise OSError(f"cannot listen on {config.host}:{config.port}") from None
-        self._following = asyncio.create_task(self._follow_members())
+        port = config.edge.add_port(server, f"{config.host}:{config.port}")
+        self._following.append(asyncio.create_task(self._follow_members()))
+        if tokens is not None:
+            self._following.append(asyncio.create_task(tokens.follow()))
         if config.metrics is not None:
             self._endpoint = MetricsEndpoint(config.metrics, self._families, also=[self.metrics.registry])
             self.metrics_port = await self._endpoint.start()
@@ -128,9 +139,9 @@ class GatewayServer:
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(grace)
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        for task in self._following:
+            task.cancel()
+        await asyncio.gather(*self._following, return_exceptions=True)
         await self._membership.close()
         await self._pool.close()
         if self._endpoint is not None:
@@ -171,6 +182,11 @@ class GatewayServer:
             num_queued=self._gateway.num_queued,
             num_pairs=len(self._pool.pairs()),
             serving=not self.problem,
+            num_refused={} if self._guard is None else self._guard.num_refused,
+            token_reloads={
+                "taken": 0 if self._tokens is None else self._tokens.num_reloads,
+                "failed": 0 if self._tokens is None else self._tokens.num_failed_reloads,
+            },
         )
         return list(told)
 

@@ -17,6 +17,7 @@ from kvferry.deploy import errors
 from kvferry.deploy.gateway import Gateway
 from kvferry.deploy.gateway_metrics import GatewayMetrics
 from kvferry.deploy.interceptor import seconds_left
+from kvferry.deploy.principal import current_principal
 from kvferry.deploy.request_record import RequestRecord, open_record
 from kvferry.proto import inference_pb2, inference_pb2_grpc
 
@@ -105,6 +106,8 @@ def _fields(record: RequestRecord, outcome: str) -> dict[str, object]:
     usage = record.usage
     fields: dict[str, object] = {"decode_worker": record.decode_worker, "prefill_worker": record.prefill_worker}
     fields["failovers"] = record.num_failovers
+    if client := current_principal().name:
+        fields["client"] = client
     fields["queue_s"] = record.queue_seconds
     if usage is None:
         fields["error"] = outcome or FAILED

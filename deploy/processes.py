@@ -15,6 +15,7 @@ from kvferry.deploy.directory_client import DirectoryMembership
 from kvferry.deploy.gateway_server import GatewayServer
 from kvferry.deploy.membership import Lease
 from kvferry.deploy.rank_counts import threads_of_rank, with_ranks
+from kvferry.deploy.security import peer_security
 from kvferry.deploy.settings import Settings
 from kvferry.deploy.worker_server import ModelRuntime, WorkerServer
 from kvferry.kvstore.malloc import tune_malloc
@@ -29,6 +30,7 @@ class WorkerProcess:
 
     def __init__(self, settings: Settings, role: Role, *, directory: str, host: str, port: int) -> None:
         self._settings = settings
+        self.security = peer_security(settings.security)
         self._role = role
         self._directory = directory
         self._host, self._port = host, port
@@ -39,6 +41,7 @@ class WorkerProcess:
     async def start(self) -> str:
         """See `Drainable`. Loads the model."""
         settings = self._settings
+        self.security.require_asking(f"{self._host}:{self._port}")  # before that
         tune_malloc()
         ranks = settings.prefill if self._role == "prefill" else settings.decode
         torch.set_num_threads(threads_of_rank(settings, ranks.num_ranks, num_cores=os.cpu_count() or 1))
@@ -55,7 +58,10 @@ class WorkerProcess:
             store_address=self._ring(),
             own_prefill=prefill_config(settings) if self._role == "both" else None,
             store_cache_bytes=settings.store.worker_cache,
-            membership=None if settings.store.nodes else DirectoryMembership(self._directory, roles=["store"]),
+            membership=None
+            if settings.store.nodes
+            else DirectoryMembership(self._directory, roles=["store"], security=self.security),
+            security=self.security,
         )
         if self._lease is not None:
             self._server.use_lease(self._lease)
@@ -100,6 +106,7 @@ class GatewayProcess:
 
     def __init__(self, settings: Settings, *, directory: str) -> None:
         self._settings = settings
+        self.security = peer_security(settings.security)
         self._directory = directory
         self._server: GatewayServer | None = None
         self._lease: Lease | None = None
@@ -107,7 +114,8 @@ class GatewayProcess:
     async def start(self) -> str:
         """See `Drainable`. Does not wait for workers."""
         self._server = await make_gateway(
-            self._settings, membership=DirectoryMembership(self._directory, roles=["prefill", "decode"])
+            self._settings,
+            membership=DirectoryMembership(self._directory, roles=["prefill", "decode"], security=self.security),
         )
         if self._lease is not None:
             self._server.use_lease(self._lease)
@@ -144,6 +152,7 @@ def worker_member(
         advertise_host=advertise_host,
         on_joining=process.use_lease,
         on_lease_lost=process.lease_lost,
+        security=process.security,
     )
 
 
@@ -155,4 +164,5 @@ def gateway_member(settings: Settings, *, directory: str, advertise_host: str | 
         roles=["gateway"],
         advertise_host=advertise_host,
         on_joining=process.use_lease,
+        security=process.security,
     )

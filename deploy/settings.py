@@ -23,6 +23,7 @@ from kvferry.deploy.memory_size import KVMemory
 from kvferry.deploy.operations_settings import LogSettings, MetricsSettings
 from kvferry.deploy.routing.policies import Policy
 from kvferry.deploy.routing.prefix import DEFAULT_INDEX_BYTES
+from kvferry.deploy.security_settings import SecuritySettings
 from kvferry.deploy.store_settings import Bytes, Port, Section, StoreSettings
 from kvferry.deploy.weight_quantization_names import WeightQuantization
 from kvferry.kernels.presets import DEFAULT_PRESET
@@ -146,6 +147,7 @@ class Settings(BaseSettings):
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
     cluster: ClusterSettings = ClusterSettings()
+    security: SecuritySettings = Field(SecuritySettings(), validate_default=True)
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
 
@@ -159,6 +161,12 @@ class Settings(BaseSettings):
                 "set prefill.count to 1 or more, or leave autoscale.prefill out"
             )
         return cluster
+
+    @field_validator("security")
+    @classmethod
+    def _closed_on_machines(cls, security: SecuritySettings, info: ValidationInfo) -> SecuritySettings:
+        cluster = info.data.get("cluster")  # None: it is wrong itself
+        return security.on_machines() if cluster is not None and cluster.bind == "machine" else security
 
     @classmethod
     def load(cls, path: Path | None = None, **overrides: Any) -> Settings:

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 from kvferry.deploy.cluster_member import ClusterMember
+from kvferry.deploy.security import peer_security
 from kvferry.deploy.settings import Settings
 from kvferry.kvstore.malloc import tune_malloc
 from kvferry.kvstore.server import KVStoreServer
@@ -17,6 +18,7 @@ class StoreProcess:
 
     def __init__(self, settings: Settings, *, host: str, port: int) -> None:
         self._settings = settings
+        self.security = peer_security(settings.security)
         # The settings' bulk port goes with the settings' port: a node on another port takes any free one.
         own = settings.store.node_config()
         bulk_port = own.bulk_port if own.bulk_port is None or port == own.port else 0
@@ -27,7 +29,7 @@ class StoreProcess:
         """See `Drainable`."""
         tune_malloc()
         backend = await asyncio.to_thread(make_backend, self._settings.store.store_config())
-        self._server = KVStoreServer(backend, self._config)
+        self._server = KVStoreServer(backend, self._config, security=self.security)
         await self._server.start()
         return self._server.address
 
@@ -50,9 +52,11 @@ class StoreProcess:
 def store_member(
     settings: Settings, *, directory: str, host: str, port: int, advertise_host: str | None = None
 ) -> ClusterMember:
+    process = StoreProcess(settings, host=host, port=port)
     return ClusterMember(
-        StoreProcess(settings, host=host, port=port),
+        process,
         directory=directory,
         roles=["store"],
         advertise_host=advertise_host,
+        security=process.security,
     )

@@ -17,6 +17,7 @@ from kvferry.deploy.routing.worker_state import WorkerState
 from kvferry.kvstore.identity import unreadable_because
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
+from kvferry.proto.peer_security import PeerSecurity
 
 _logger = logging.getLogger(__name__)
 
@@ -27,14 +28,14 @@ _LEAVING_GRACE_S = 600.0  # requests of a worker that is no longer named go on t
 class PooledWorker(WorkerState):
     """One worker address, its channel, and what it answered to Describe and Stats."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, security: PeerSecurity) -> None:
         super().__init__(address)
         self.last_info: worker_pb2.WorkerInfo | None = None  # the last answer, whether usable or not
         self.problem = "has not answered yet"  # why there is no `info`
         self.poll_now = asyncio.Event()
         self.is_listed = True
         """It may get requests; when not, its running ones go on to their end."""
-        self.channel = grpc.aio.insecure_channel(address, options=channel_options())
+        self.channel = security.channel(address, channel_options())
         self.decode = worker_pb2_grpc.DecodeStub(self.channel)
         stub = worker_pb2_grpc.WorkerStub(self.channel)
         self._describe, self._stats = stub.Describe, stub.Stats
@@ -90,7 +91,9 @@ class PooledWorker(WorkerState):
             self._missed_slowly = is_slow = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             if not is_slow or self.is_silent or self.info is None:
                 self.info = None
-                self.problem = f"does not answer ({error.code().name})"
+                is_refusal = error.code() == grpc.StatusCode.UNAUTHENTICATED
+                answer = "does not take this gateway's token" if is_refusal else "does not answer"
+                self.problem = f"{answer} ({error.code().name})"
             return
         self._num_silent_polls = 0
         self.last_info = info
@@ -139,12 +142,14 @@ class WorkerPool:
         poll_interval_s: float,
         poll_timeout_s: float,
         on_change: Callable[[], Awaitable[None]],
+        security: PeerSecurity | None = None,
     ) -> None:
         self._model_name = model_name
         self._tokenizer_digest = tokenizer_digest
         self._poll_interval_s = poll_interval_s
         self._poll_timeout_s = poll_timeout_s
         self._on_change = on_change
+        self._security = security or PeerSecurity()
         self._decode_addresses: tuple[str, ...] = ()
         self._prefill_addresses: tuple[str, ...] = ()
         self._workers: dict[str, PooledWorker] = {}
@@ -170,7 +175,7 @@ class WorkerPool:
             poll.add_done_callback(self._leaving.discard)
         for address in wanted:
             if address not in self._workers:
-                worker = self._workers[address] = PooledWorker(address)
+                worker = self._workers[address] = PooledWorker(address, self._security)
                 self._polls[address] = asyncio.create_task(self._poll_forever(worker))
 
     async def close(self) -> None:

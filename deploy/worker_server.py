@@ -32,6 +32,7 @@ from kvferry.kernels.layout import LAYOUT_VERSION
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import DEFAULT_MAX_RECORD_BYTES
 from kvferry.kvstore.connect import connect
+from kvferry.kvstore.guard_metrics import guard_family
 from kvferry.kvstore.metrics_endpoint import Collects, MetricsEndpoint
 from kvferry.kvstore.read_cache import ReadCache
 from kvferry.kvstore.ring import StoreRing
@@ -43,6 +44,7 @@ from kvferry.prefill.server import PrefillServicer
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.attempts import Attempts
 from kvferry.proto.grpc_options import server_options
+from kvferry.proto.peer_security import PeerSecurity
 
 __all__ = ["ModelConfig", "ModelRuntime", "WorkerServer"]
 
@@ -149,11 +151,15 @@ class WorkerServer:
         store_cache_bytes: int | None = None,
         remote_prefill: type[RemotePrefillStream] = RemotePrefillStream,
         membership: Membership | None = None,
+        security: PeerSecurity | None = None,
     ) -> None:
         """`store_address`: host:port of the one store node, or several nodes. `own_prefill`: a decode worker has the
         role prefill, too, and hands over in memory. `store_cache_bytes`: keep so much of what the store gave.
         `remote_prefill`: how it reaches other prefill workers. `membership`: where the store's nodes come from, with a
-        ring as `store_address`; closed with the server."""
+        ring as `store_address`; closed with the server. `security`: who may call it, and how it calls others; without,
+        everybody who reaches it, on loopback only."""
+        self._security = security or PeerSecurity()
+        self._guards = self._security.guards()
         self._membership = membership
         self._following: asyncio.Task[None] | None = None
         self._remote_prefill = remote_prefill
@@ -179,7 +185,7 @@ class WorkerServer:
         """The worker behind the Decode service, when this is its role and it has started."""
 
     async def start(self) -> str:
-        """Binds, serves and returns host:port. Raises OSError when it cannot bind."""
+        """Binds, serves and returns host:port. Raises OSError when it cannot bind, OpenPortRefused when it may not."""
         largest = self._runtime.layout.payload_bytes(0) + RECORD_OVERHEAD_BYTES
         if largest > DEFAULT_MAX_RECORD_BYTES:
             raise ValueError(
@@ -187,10 +193,10 @@ class WorkerServer:
                 "choose a smaller block_size"
             )
         if self._store_address:
-            self._store = self._nodes = connect(self._store_address)
+            self._store = self._nodes = connect(self._store_address, self._security)
             if self._store_cache_bytes is not None:
                 self._store = ReadCache(self._nodes, self._store_cache_bytes)
-        server = grpc.aio.server(options=server_options())
+        server = grpc.aio.server(interceptors=self._guards, options=server_options())
         if isinstance(self._config, PrefillConfig):
             info = self._runtime.info(roles=["prefill"])
             self._add_prefill(server, self._config, info)
@@ -199,11 +205,7 @@ class WorkerServer:
         self._info = info
         worker_pb2_grpc.add_WorkerServicer_to_server(_Worker(info, self.stats), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        address = f"{self._config.host}:{self._config.port}"
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        port = self._security.add_port(server, f"{self._config.host}:{self._config.port}")
         await self._serve_metrics(info)
         await server.start()
         self._server = server
@@ -319,7 +321,7 @@ class WorkerServer:
                 store=self._store,
                 follower_pids=self._runtime.executors.follower_pids,
             )
-            return list(told)
+            return [*told, guard_family(self._guards, {"model_name": info.model_name})]
 
         of_requests: list[Collects] = []
         if self.prefill_servicer is not None:
@@ -382,6 +384,7 @@ class WorkerServer:
             config=config,
             local_prefill=local_prefill,
             remote_prefill=self._remote_prefill,
+            security=self._security,
         )
         worker_pb2_grpc.add_DecodeServicer_to_server(servicer, server)
         self._decode = (engine, servicer)

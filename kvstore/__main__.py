@@ -19,6 +19,9 @@ from kvferry.kvstore.redis_place import RedisPlace, RedisTls
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.kvstore.size import parse_size
 from kvferry.kvstore.store_config import DiskConfig, StoreConfig, make_backend
+from kvferry.proto.peer_security import PeerSecurity
+from kvferry.proto.tls_files import read_identity
+from kvferry.proto.token_file import read_tokens
 
 _log = logging.getLogger("kvferry.kvstore")
 
@@ -62,6 +65,11 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--redis-ca", metavar="FILE", help="PEM of the authority of Redis's certificate; turns TLS on")
     parser.add_argument("--redis-cert", metavar="FILE", help="PEM of the client certificate")
     parser.add_argument("--redis-key", metavar="FILE", help="PEM of the client certificate's key")
+    parser.add_argument("--cluster-token-file", type=Path, metavar="FILE", help="what clients must send")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM of the node's certificate; turns TLS on")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM of its key")
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM of the authority of clients' certificates")
+    parser.add_argument("--insecure", action="store_true", help="bind any address and serve everybody who reaches it")
     parser.add_argument("--max-record", type=_size, default=64 << 20, help="largest record (default: 64MiB)")
     parser.add_argument("--grace", type=float, default=5.0, help="seconds for running calls after SIGTERM")
     parser.add_argument("--metrics-host", default="127.0.0.1", help="address of the metrics (default: %(default)s)")
@@ -106,6 +114,19 @@ def _store_config(arguments: argparse.Namespace) -> StoreConfig:
     )
 
 
+def _security(arguments: argparse.Namespace) -> PeerSecurity:
+    """Raises ValueError for what does not go together or a file does not hold, OSError for one that cannot be read."""
+    tls = (arguments.tls_cert, arguments.tls_key, arguments.tls_ca)
+    if any(tls) and not all(tls):
+        raise ValueError("--tls-cert, --tls-key and --tls-ca go together")
+    token_file = arguments.cluster_token_file
+    return PeerSecurity(
+        tokens=() if token_file is None else read_tokens(token_file),
+        tls=read_identity(cert=tls[0], key=tls[1], ca=tls[2]) if all(tls) else None,
+        insecure=arguments.insecure,
+    )
+
+
 def _addresses(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",")) if text else ()
 
@@ -136,12 +157,13 @@ async def _serve(arguments: argparse.Namespace) -> None:
         metrics=_metrics_place(arguments),
     )
     store = _store_config(arguments)
+    security = _security(arguments)
     backend = make_backend(store)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    server = KVStoreServer(backend, config)
+    server = KVStoreServer(backend, config, security=security)
     await server.start()
     bulk = "off" if server.bulk is None else server.bulk.port
     where = (server.address, store.tier_names, _capacity(store), bulk)

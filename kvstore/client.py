@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import grpc
 import grpc.aio
@@ -38,6 +38,7 @@ from kvferry.kvstore.node_answers import (
 from kvferry.kvstore.record_reader import Reader
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto import kvstore_pb2_grpc
+from kvferry.proto.peer_security import PeerSecurity
 from kvferry.proto.request_id import request_id_metadata
 
 
@@ -61,8 +62,7 @@ class StoreClient:
         self,
         config: ClientConfig,
         *,
-        credentials: grpc.ChannelCredentials | None = None,
-        interceptors: Sequence[Any] = (),
+        security: PeerSecurity | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counters = ClientCounters()
@@ -72,17 +72,13 @@ class StoreClient:
             cool_down_s=config.cool_down_s,
             clock=clock,
         )
-        options = store_channel_options()
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(config.address, options=options, interceptors=list(interceptors))
-        else:
-            self._channel = grpc.aio.secure_channel(
-                config.address, credentials, options=options, interceptors=list(interceptors)
-            )
+        security = security or PeerSecurity()
+        self._channel = security.channel(config.address, store_channel_options())
         self._stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
         # The bulk port speaks plain text: beside an encrypted channel it is not used.
-        self._getter = RecordGetter(self._channel, config, self.counters, can_use_bulk=credentials is None)
-        self._putter = RecordPutter(self._channel, config, self.counters, can_use_bulk=credentials is None)
+        can_use_bulk = security.tls is None
+        self._getter = RecordGetter(self._channel, config, self.counters, can_use_bulk=can_use_bulk)
+        self._putter = RecordPutter(self._channel, config, self.counters, can_use_bulk=can_use_bulk)
         self._prober: asyncio.Task[None] | None = None
 
     @property

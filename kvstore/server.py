@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client.core import Metric
 
 from kvferry.kvstore.backend import Backend
 from kvferry.kvstore.bulk_server import BulkServer
 from kvferry.kvstore.config import MAX_MESSAGE_BYTES, NodeConfig
+from kvferry.kvstore.guard_metrics import guard_family
 from kvferry.kvstore.interceptor import SERVICE_NAME, ErrorInterceptor
 from kvferry.kvstore.metrics_endpoint import MetricsEndpoint
 from kvferry.kvstore.node import KVStoreNode
@@ -20,6 +20,7 @@ from kvferry.kvstore.node_counters import NodeCounters
 from kvferry.kvstore.node_metrics import node_families
 from kvferry.proto import kvstore_pb2_grpc
 from kvferry.proto.grpc_options import Options, server_options
+from kvferry.proto.peer_security import PeerSecurity
 
 _HEALTH_NAMES = (health.OVERALL_HEALTH, SERVICE_NAME)
 
@@ -27,8 +28,8 @@ _HEALTH_NAMES = (health.OVERALL_HEALTH, SERVICE_NAME)
 class KVStoreServer:
     """Serves `backend` until `stop`, which also closes it. Start it once, on one event loop.
 
-    `interceptors` run before the store's own (authentication belongs there). Without
-    `credentials` the port speaks plain text. With them no bulk port is offered: it would be plain text still.
+    Without `security` it takes calls from everybody who reaches it, and binds loopback only. With TLS no bulk port is
+    offered: it would be plain text still.
     """
 
     def __init__(
@@ -36,15 +37,14 @@ class KVStoreServer:
         backend: Backend,
         config: NodeConfig | None = None,
         *,
-        interceptors: Sequence[Any] = (),
-        credentials: grpc.ServerCredentials | None = None,
+        security: PeerSecurity | None = None,
     ) -> None:
         self._backend = backend
         self._config = config if config is not None else NodeConfig()
-        self._interceptors = tuple(interceptors)
-        self._credentials = credentials
+        self._security = security or PeerSecurity()
+        self._guards = self._security.guards()
         self._node = KVStoreNode(backend, self._config)
-        has_bulk = self._config.bulk_port is not None and credentials is None
+        has_bulk = self._config.bulk_port is not None and self._security.tls is None
         self._bulk = (
             BulkServer(self._node.records, self._node.sink, self._node.counters, self._config) if has_bulk else None
         )
@@ -76,10 +76,10 @@ class KVStoreServer:
         return self._node.staged_bytes
 
     async def start(self) -> int:
-        """Binds, serves and returns the port. Raises OSError when it cannot bind."""
+        """Binds, serves and returns the port. Raises OSError when it cannot bind, OpenPortRefused when it may not."""
         server = grpc.aio.server(
             interceptors=(
-                *self._interceptors,
+                *self._guards,
                 ErrorInterceptor(stalled_reader_s=self._config.stalled_reader_s),
             ),
             options=_server_options(),
@@ -88,17 +88,9 @@ class KVStoreServer:
         kvstore_pb2_grpc.add_KVStoreServicer_to_server(self._node, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = _join_address(self._config.host, self._config.port)
-        try:
-            if self._credentials is None:
-                self._port = server.add_insecure_port(address)
-            else:
-                self._port = server.add_secure_port(address, self._credentials)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: is the port taken?") from error
+        self._port = self._security.add_port(server, address)
         if self._config.metrics is not None:
-            self._metrics = MetricsEndpoint(
-                self._config.metrics, lambda: node_families(self.counters, self.staged_bytes, self._backend)
-            )
+            self._metrics = MetricsEndpoint(self._config.metrics, self._families)
             self.metrics_port = await self._metrics.start()
         if self._bulk is not None:
             try:
@@ -112,6 +104,10 @@ class KVStoreServer:
         for name in _HEALTH_NAMES:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return self._port
+
+    async def _families(self) -> list[Metric]:
+        told = await node_families(self.counters, self.staged_bytes, self._backend)
+        return [*told, guard_family(self._guards, {})]
 
     async def begin_drain(self) -> None:
         """Health goes NOT_SERVING; calls are still served."""

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from support.certificates import Certificates
 from support.processes import NodeProcess, RedisProcess
 from support.tiny_models import random_prompt, write_tiny_model
 
@@ -262,3 +263,9 @@ def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProc
     process = RedisProcess(tmp_path_factory.mktemp("redis"))
     yield process
     process.kill()
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """An authority of this session's own."""
+    return Certificates(tmp_path_factory.mktemp("certificates"))

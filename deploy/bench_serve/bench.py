@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -34,9 +33,9 @@ from kvferry.deploy.bench_serve.workload import (
     shared_prefixes,
     unique_prompts,
 )
-from kvferry.deploy.client import AsyncClient
+from kvferry.deploy.client import AsyncClient, ClientAccess
 from kvferry.proto import inference_pb2_grpc
-from kvferry.proto.grpc_options import channel_options
+from kvferry.proto.peer_security import PeerSecurity
 
 WORKLOADS = ("unique", "shared-prefix", "trace", "mixed")
 DEFAULT_NUM_PROMPTS = 100
@@ -47,6 +46,8 @@ class ServeBench:
     """What the options of `kvferry bench serve` say. Raises ValueError when they do not fit together."""
 
     address: str
+    access: ClientAccess = field(default_factory=ClientAccess)  # what the gateway asks for
+    peers: PeerSecurity = field(default_factory=PeerSecurity)  # what `workers` ask for
     model: str | None = None
     workload: str = "unique"
     num_prompts: int | None = None  # None: 100, or the whole trace
@@ -114,7 +115,7 @@ async def bench_serve(
 ) -> bool:
     """Measures, prints and writes; False if no request completed. Raises ValueError, OSError or ClientError."""
     tokens = TokenSource(seed=bench.seed, vocab_size=bench.vocab_size)
-    async with AsyncClient(bench.address) as client:
+    async with AsyncClient(bench.address, access=bench.access) as client:
         model = await find_model(client, bench.model)
         await check_vocabulary(client, bench.vocab_size)
     workload = make_workload(bench, tokens, window=model.max_model_len)
@@ -125,10 +126,10 @@ async def bench_serve(
             len(workload.requests), rate=bench.request_rate, burstiness=bench.burstiness, seed=bench.seed
         )
     load_before = os.getloadavg()[0]
-    async with grpc.aio.insecure_channel(bench.address, options=channel_options()) as channel:
+    async with bench.access.aio_channel(bench.address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         await _warm_up(stub, bench, tokens)
-        async with watch_pools(bench.workers) as pools:
+        async with watch_pools(bench.workers, bench.peers) as pools:
             with _progress(len(workload.requests)) as on_done, _no_collections():
                 result = await run(
                     stub,

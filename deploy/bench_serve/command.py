@@ -8,12 +8,23 @@ from typing import Annotated
 
 import typer
 
+from kvferry.deploy.cli_access import (
+    CaOption,
+    SecurityConfigOption,
+    TokenFileOption,
+    client_access,
+    peers_of,
+)
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.client import DEFAULT_ADDRESS, ClientError
+from kvferry.proto.peer_security import PeerSecurity
 
 
 def bench_serve_command(
     address: Annotated[str, typer.Option(help="host:port of the gateway.")] = DEFAULT_ADDRESS,
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+    config: SecurityConfigOption = None,
     model: Annotated[str | None, typer.Option(help="Name of the served model; else whatever is served.")] = None,
     workload: Annotated[str, typer.Option(help="unique, shared-prefix, trace or mixed.")] = "unique",
     num_prompts: Annotated[
@@ -81,6 +92,8 @@ def bench_serve_command(
             plots.mkdir(parents=True, exist_ok=True)
         bench = ServeBench(
             address=address,
+            access=client_access(token_file, ca),
+            peers=peers_of(config) if worker else PeerSecurity(),
             model=model,
             workload=workload,
             num_prompts=num_prompts,

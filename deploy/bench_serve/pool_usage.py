@@ -11,6 +11,7 @@ import grpc
 
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
+from kvferry.proto.peer_security import PeerSecurity
 
 INTERVAL_S = 1.0
 TIMEOUT_S = 2.0
@@ -40,15 +41,13 @@ class PoolUsage:
 
 
 @asynccontextmanager
-async def watch_pools(addresses: Sequence[str]) -> AsyncIterator[list[PoolUsage]]:
+async def watch_pools(addresses: Sequence[str], security: PeerSecurity) -> AsyncIterator[list[PoolUsage]]:
     """Polls until the context ends. Raises ValueError for an address where no decode worker answers."""
     usages = [PoolUsage(address) for address in addresses]
     async with AsyncExitStack() as stack:
         tasks = []
         for usage in usages:
-            channel = await stack.enter_async_context(
-                grpc.aio.insecure_channel(usage.worker, options=channel_options())
-            )
+            channel = await stack.enter_async_context(security.channel(usage.worker, channel_options()))
             stub = worker_pb2_grpc.WorkerStub(channel)
             first = await _first_stats(stub, usage.worker)
             tasks.append(asyncio.create_task(_poll(stub, usage, first.num_swaps)))

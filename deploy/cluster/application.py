@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvferry.deploy.cluster.autoscaler import RoleScaling
 from kvferry.deploy.cluster.controller import CONTROLLER, Controller, MemberState
+from kvferry.deploy.security import require_files
 from kvferry.deploy.settings import Settings
 
 CALL_TIMEOUT_S = 20.0
@@ -45,16 +46,15 @@ def connected(address: str) -> Iterator[None]:
 
 
 def start(settings: Settings, *, keep: bool = False) -> None:
-    """Has the cluster run this deployment, whether or not this process goes on. Raises ValueError, RuntimeError.
+    """Has the cluster run this deployment, whether or not this process goes on. Raises ValueError, OSError,
+    RuntimeError.
 
     `keep`: one that runs already is left as it is, instead of an error.
     """
     machines = [node for node in ray.nodes() if node["Alive"]]
     if settings.cluster.bind == "loopback" and (settings.cluster.machines > 1 or len(machines) > 1):
-        raise ValueError(
-            "processes on several machines cannot meet on 127.0.0.1: set cluster.bind to machine, "
-            "and do that in a network that you trust only"
-        )
+        raise ValueError("processes on several machines cannot meet on 127.0.0.1: set cluster.bind to machine")
+    require_files(settings)
     if _find(settings.cluster.name) is not None:
         if keep:
             return

@@ -16,6 +16,10 @@ from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.cluster.description import ClusterDescription, read_description
 from kvferry.deploy.cluster.host_processes import end_ray_processes
 from kvferry.deploy.cluster.shell import Shell, ShellError
+from kvferry.deploy.security import operator_credentials
+from kvferry.deploy.security_settings import CLUSTER_FOLDER, TOKENS_FILE
+from kvferry.deploy.settings import Settings
+from kvferry.deploy.token_files import CLIENT_TOKEN
 
 HEAD_TIMEOUT_S = 120.0
 RESTART_TIMEOUT_S = 6 * 3600.0
@@ -48,14 +52,13 @@ def up_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the status as JSON at the end.")] = False,
 ) -> None:
     """Start Ray and kvferry on every machine of a cluster, and wait until it serves."""
-    from kvferry.deploy.cluster.launcher import up
+    from kvferry.deploy.cluster.launcher import mounted_config, up
 
     description = _description(cluster)
-    if config is not None:
-        read_settings(config)  # a mistake should not take minutes to show
     try:
-        status = up(description, config=config, wait_s=wait, progress=_progress)
-    except (OSError, ShellError, TimeoutError) as error:
+        settings = read_settings(config or mounted_config(description))  # a mistake should not take minutes to show
+        status = up(description, settings, config=config, wait_s=wait, progress=_progress)
+    except (OSError, ShellError, TimeoutError, ValueError) as error:
         fail(str(error))
     if as_json:
         print(json.dumps(status))
@@ -63,6 +66,8 @@ def up_command(
         _print_status(status)
         gateways = [p["address"] for p in status["processes"] if p["role"] == "gateway"]
         print(f"kvferry serves on {', '.join(gateways)}")
+        if settings.security.tokens_file == TOKENS_FILE:
+            print(f"clients need a token: --token-file {CLUSTER_FOLDER / CLIENT_TOKEN}, or one of kvferry token new")
 
 
 def down_command(cluster: ClusterArgument) -> None:
@@ -90,7 +95,7 @@ def status_command(
         except ShellError as error:
             fail(str(error))
     else:
-        status = _status_here(read_settings(config).cluster.name, ray_address)
+        status = _status_here(read_settings(config), ray_address)
     if as_json:
         print(json.dumps(status))
     else:
@@ -136,7 +141,7 @@ def run_command(
             application.start(settings, keep=keep)
             if wait:
                 application.wait_until_up(settings.cluster.name, wait)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))
     print(f"deployment {settings.cluster.name} is {'up' if wait else 'starting'}: see kvferry status")
 
@@ -203,11 +208,12 @@ def restart_command(
                 lambda process: application.restart(name, process, drain_timeout),
                 only=only or (),
                 directory=settings.cluster.directory,
+                credentials=operator_credentials(settings.security),
                 wait_s=wait,
                 may_interrupt=interrupt,
                 progress=lambda line: print(line, flush=True),
             )
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))
     print(f"{count} processes were restarted")
 
@@ -246,16 +252,18 @@ def _on_head(cluster: Path, command: str, *, timeout_s: float = HEAD_TIMEOUT_S) 
         fail(done.said)
 
 
-def _status_here(name: str, ray_address: str) -> dict[str, Any]:
+def _status_here(settings: Settings, ray_address: str) -> dict[str, Any]:
     from kvferry.deploy.cluster import application
     from kvferry.deploy.cluster.status import as_json, gather
 
+    name = settings.cluster.name
     try:
+        credentials = operator_credentials(settings.security)
         with application.connected(ray_address):
             states, scaling = application.members(name), application.scaling(name)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         fail(str(error))
-    return as_json(name, asyncio.run(gather(states)), scaling)
+    return as_json(name, asyncio.run(gather(states, credentials)), scaling)
 
 
 def _print_status(status: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from kvferry.deploy.cluster.autoscaler import ROLES, Autoscaler, KnownWorker, Ro
 from kvferry.deploy.cluster.members import DirectoryActor, GatewayActor, Started, StoreActor, WorkerActor
 from kvferry.deploy.cluster.plan import Machine, Member, choose_machine, wanted_members
 from kvferry.deploy.cluster.worker_stats import WorkerStatsPoller
+from kvferry.deploy.security import peer_security
 from kvferry.deploy.settings import Settings
 from kvferry.kvstore.process_logs import configure_logs
 
@@ -89,7 +90,7 @@ class Controller:
         self._counts |= _counts_of_running(settings.cluster.name)
         self._autoscaler = Autoscaler(settings, self._counts, now=time.monotonic())
         self._counts |= self._autoscaler.counts()
-        self._stats = WorkerStatsPoller()
+        self._stats = WorkerStatsPoller(peer_security(settings.security))
         self._processes: dict[str, _Process] = {}
         self._leaving: set[str] = set()
         self._restarting: set[str] = set()

@@ -17,6 +17,9 @@ import yaml
 
 from kvferry.deploy.cluster.description import ClusterDescription
 from kvferry.deploy.cluster.shell import Shell, ShellError, run_here
+from kvferry.deploy.security_settings import CLUSTER_FOLDER, CLUSTER_TOKEN_FILE, TOKENS_FILE, SecuritySettings
+from kvferry.deploy.settings import Settings
+from kvferry.deploy.token_files import make_missing_files
 
 REMOTE_CONFIG = "~/kvferry.yaml"
 REMOTE_TOKEN = "~/.ray/auth_token"
@@ -30,12 +33,18 @@ POLL_S = 3.0
 Progress = Callable[[str], None]
 
 
-def up(description: ClusterDescription, *, config: Path | None, wait_s: float, progress: Progress) -> dict[str, Any]:
+def up(
+    description: ClusterDescription, settings: Settings, *, config: Path | None, wait_s: float, progress: Progress
+) -> dict[str, Any]:
     """Starts Ray and the deployment on every machine, and waits until all of it is up.
 
-    Returns the status, as `kvferry status --json` prints it. Raises ShellError, TimeoutError.
+    `config` is the file of `settings`, or None where the description mounts it. The deployment's tokens are made where
+    the settings name none, and go where the description's own files go. Returns the status, as `kvferry status --json`
+    prints it. Raises ShellError, TimeoutError, OSError.
     """
-    mounts = {} if config is None else {REMOTE_CONFIG: str(config.absolute())}
+    mounts = token_mounts(description, settings.security)
+    if config is not None:
+        mounts[REMOTE_CONFIG] = str(config.absolute())
     raw = description.with_file_mounts(mounts)
     if REMOTE_TOKEN in raw["file_mounts"]:
         ensure_token(Path(raw["file_mounts"][REMOTE_TOKEN]))
@@ -116,8 +125,33 @@ def ray_environment(description: ClusterDescription) -> dict[str, str]:
     return environment
 
 
+def mounted_config(description: ClusterDescription) -> Path | None:
+    """The file that the description itself puts in the configuration's place; None where it has none."""
+    mounts = description.with_file_mounts({})["file_mounts"]
+    return Path(mounts[REMOTE_CONFIG]) if REMOTE_CONFIG in mounts else None
+
+
+def token_mounts(description: ClusterDescription, security: SecuritySettings) -> dict[str, str]:
+    """Where the default token files of `security` come from, by their place on the machines; made here where they are
+    not. A description that mounts its own has the last word. Raises OSError."""
+    own = description.with_file_mounts({})["file_mounts"]
+    wanted = [
+        default
+        for path, default in (
+            (security.cluster_token_file, CLUSTER_TOKEN_FILE),
+            (security.tokens_file, TOKENS_FILE),
+        )
+        if path == default or str(default) in own
+    ]
+    here = CLUSTER_FOLDER.expanduser()
+    sources = {str(path): own.get(str(path), str(here / path.name)) for path in wanted}
+    if any(Path(source).parent == here for source in sources.values()):
+        make_missing_files(here)
+    return sources
+
+
 def ensure_token(path: Path) -> None:
-    """Makes the cluster's token where there is none, readable by this user only."""
+    """Makes Ray's token where there is none, readable by this user only."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import ray
 
 from kvferry.deploy.cluster_member import ClusterMember
 from kvferry.deploy.directory_server import DirectoryConfig, DirectoryServer
+from kvferry.deploy.security import peer_security
 from kvferry.deploy.settings import Settings
 from kvferry.kvstore.process_logs import configure_logs
 
@@ -86,7 +87,8 @@ class DirectoryActor(MemberActor):
     def _make(self, directory: str) -> ClusterMember:
         port = self._settings.cluster.directory_port
         config = DirectoryConfig(host=bind_host(self._settings), port=port, metrics=self._settings.metrics.place(port))
-        return ClusterMember(DirectoryServer(config), directory=None, roles=())
+        security = peer_security(self._settings.security)
+        return ClusterMember(DirectoryServer(config, security=security), directory=None, roles=())
 
 
 class StoreActor(MemberActor):

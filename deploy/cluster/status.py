@@ -14,7 +14,10 @@ from rich.table import Table
 
 from kvferry.deploy.cluster.autoscaler import RoleScaling
 from kvferry.deploy.cluster.controller import MemberState
+from kvferry.deploy.security import Credentials
 from kvferry.proto import kvstore_pb2, kvstore_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvferry.proto.grpc_options import channel_options
+from kvferry.proto.peer_security import PeerSecurity
 
 ASK_TIMEOUT_S = 3.0
 
@@ -43,9 +46,11 @@ class ProcessStatus:
         return self.state == "up" and self.health == "SERVING"
 
 
-async def gather(states: Sequence[MemberState]) -> list[ProcessStatus]:
+async def gather(states: Sequence[MemberState], credentials: Credentials) -> list[ProcessStatus]:
     """Asks all at once; who does not answer within `ASK_TIMEOUT_S` is reported so."""
-    return list(await asyncio.gather(*(_ask(state) for state in states)))
+    peers, gateways = credentials
+    asked = (_ask(state, gateways if state.role == "gateway" else peers) for state in states)
+    return list(await asyncio.gather(*asked))
 
 
 def as_json(name: str, processes: Sequence[ProcessStatus], scaling: Sequence[RoleScaling]) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def _sentence(p: ProcessStatus) -> str:
             return ""
 
 
-async def _ask(state: MemberState) -> ProcessStatus:
+async def _ask(state: MemberState, security: PeerSecurity) -> ProcessStatus:
     known: dict[str, Any] = {
         "name": state.name,
         "role": state.role,
@@ -112,7 +117,7 @@ async def _ask(state: MemberState) -> ProcessStatus:
     if state.started is None:
         return ProcessStatus(health="not started", **known)
     known |= {"address": state.started.address, "pid": state.started.pid, "version": state.started.version}
-    async with grpc.aio.insecure_channel(state.started.address) as channel:
+    async with security.channel(state.started.address, channel_options()) as channel:
         try:
             reply = await health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=ASK_TIMEOUT_S

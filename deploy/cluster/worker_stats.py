@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import grpc
 
 from kvferry.proto import worker_pb2, worker_pb2_grpc
+from kvferry.proto.grpc_options import channel_options
+from kvferry.proto.peer_security import PeerSecurity
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,8 @@ class _Answer:
 class WorkerStatsPoller:
     """Asks every worker that `follow` names, all at once, about every second and a half."""
 
-    def __init__(self) -> None:
+    def __init__(self, security: PeerSecurity | None = None) -> None:
+        self._security = security or PeerSecurity()
         self._addresses: Mapping[str, str] = {}
         self._answers: dict[str, _Answer] = {}
         self._stopping = threading.Event()
@@ -68,7 +71,7 @@ class WorkerStatsPoller:
             for address in set(channels) - set(addresses.values()):
                 await channels.pop(address).close()
             for address in set(addresses.values()) - set(channels):
-                channels[address] = grpc.aio.insecure_channel(address)
+                channels[address] = self._security.channel(address, channel_options())
             await asyncio.gather(*(self._ask(name, at, channels[at]) for name, at in addresses.items()))
             self._answers = {name: answer for name, answer in self._answers.items() if name in addresses}
             await asyncio.sleep(INTERVAL_S)

@@ -11,6 +11,7 @@ import typer
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.client import Client
 from kvferry.deploy.prefix import options as opt
+from kvferry.deploy.prefix.access import access, read_access
 from kvferry.deploy.prefix.deployment import describe
 from kvferry.deploy.prefix.failing import failing
 from kvferry.deploy.prefix.naming import PromptName, chain_of_prompt, named_chain
@@ -36,6 +37,7 @@ PUBLISH_TIMEOUT_S = 15.0
 """A prefill worker publishes for at most 10 s after an answer's first token."""
 
 prefix = typer.Typer(help="Computed prefixes as files, and from store node to store node.", no_args_is_help=True)
+prefix.callback()(read_access)
 prefix.command()(pin)
 prefix.command()(unpin)
 
@@ -60,13 +62,13 @@ def build(
     with failing():
         name = PromptName(path=prompt_file, question=question, raw=raw)
         text = name.text()
-        chain = chain_of_prompt(name, text, worker=worker, tenant=tenant, model=model)
-        with Client(address) as client:
+        chain = chain_of_prompt(name, text, worker=worker, tenant=tenant, model=model, security=access().peers)
+        with Client(address, access=access().client) as client:
             if raw:
                 answer = client.generate(text, max_tokens=1, timeout=timeout)
             else:
                 answer = client.generate(messages=[{"role": "user", "content": text}], max_tokens=1, timeout=timeout)
-        found = asyncio.run(_wait(Nodes(store, replication), chain))
+        found = asyncio.run(_wait(Nodes(store, replication, access().peers), chain))
         usage = answer.usage
         if found < len(chain.keys):
             fail(
@@ -111,13 +113,14 @@ def export_command(
             worker=worker,
             tenant=tenant,
             model=model,
+            security=access().peers,
         )
         if no_tokens:
             chain = chain.without_tokens()
         with BundleWriter(output, chain, replace=force) as writer:
             if writer.num_done:
                 print(f"going on after {writer.num_done} blocks that {output}.part holds")
-            asyncio.run(_export(Nodes(store, replication), writer, chain))
+            asyncio.run(_export(Nodes(store, replication, access().peers), writer, chain))
             writer.finish(signer)
         with BundleReader(output) as bundle:
             header = bundle.header
@@ -150,9 +153,9 @@ def import_command(
         require_trusted(bundle.signer, trusted, accept_unsigned=insecure_accept_unsigned)
         chain = bundle.header.chain
         target = chain if tenant is None else chain.under_tenant(tenant)
-        deployment = describe(worker, target.namespace.tenant)
+        deployment = describe(worker, target.namespace.tenant, access().peers)
         require_same_deployment(chain, model_name=deployment.model_name, namespace=deployment.namespace)
-        done = asyncio.run(_import(Nodes(store, replication), bundle, target))
+        done = asyncio.run(_import(Nodes(store, replication, access().peers), bundle, target))
     _print_transferred(done, target)
 
 
@@ -184,11 +187,14 @@ def push(
             worker=worker,
             tenant=tenant,
             model=model,
+            security=access().peers,
         )
         if to_worker is not None:
-            other = describe(to_worker, chain.namespace.tenant)
+            other = describe(to_worker, chain.namespace.tenant, access().peers)
             require_same_deployment(chain, model_name=other.model_name, namespace=other.namespace)
-        done = asyncio.run(_copy(Nodes(store, replication), Nodes(to), chain, "push"))
+        done = asyncio.run(
+            _copy(Nodes(store, replication, access().peers), Nodes(to, security=access().peers), chain, "push")
+        )
     _print_transferred(done, chain)
 
 
@@ -228,10 +234,13 @@ def pull(
             worker=worker,
             tenant=tenant,
             model=model,
+            security=access().peers,
         )
-        own = describe(worker, chain.namespace.tenant)
+        own = describe(worker, chain.namespace.tenant, access().peers)
         require_same_deployment(chain, model_name=own.model_name, namespace=own.namespace)
-        done = asyncio.run(_copy(Nodes(source), Nodes(store, replication), chain, "pull"))
+        done = asyncio.run(
+            _copy(Nodes(source, security=access().peers), Nodes(store, replication, access().peers), chain, "pull")
+        )
     _print_transferred(done, chain)
 
 
@@ -260,7 +269,7 @@ def list_command(
     Ends non-zero when a bundle is damaged or a node does not answer.
     """
     if not files:
-        list_nodes(store, limit)
+        list_nodes(store, limit, access().peers)
         return
     with failing():
         trusted = trusted_signers(trust_file)
@@ -306,8 +315,9 @@ def remove(
             worker=worker,
             tenant=tenant,
             model=model,
+            security=access().peers,
         )
-        deleted = asyncio.run(_delete(Nodes(store, replication), chain))
+        deleted = asyncio.run(_delete(Nodes(store, replication, access().peers), chain))
     if len(store) == 1:
         print(f"{deleted} of {len(chain.keys)} blocks were in the store and are removed")
     else:

@@ -11,6 +11,7 @@ from kvferry.kvstore.identity import namespace_of
 from kvferry.kvstore.key import Namespace
 from kvferry.proto import worker_pb2, worker_pb2_grpc
 from kvferry.proto.grpc_options import channel_options
+from kvferry.proto.peer_security import PeerSecurity
 
 TIMEOUT_S = 10.0
 
@@ -25,15 +26,20 @@ class Deployment:
     bf16_bytes_per_token: int
 
 
-def describe(worker_address: str, tenant: str) -> Deployment:
+def describe(worker_address: str, tenant: str, security: PeerSecurity | None = None) -> Deployment:
     """Asks a worker. Raises StoreUnavailable when it does not answer, InvalidRequest when it is none."""
     try:
-        with grpc.insecure_channel(worker_address, options=channel_options()) as channel:
+        with (security or PeerSecurity()).blocking_channel(worker_address, channel_options()) as channel:
             info = worker_pb2_grpc.WorkerStub(channel).Describe(worker_pb2.DescribeRequest(), timeout=TIMEOUT_S)
     except grpc.RpcError as error:
         code = error.code()
         if code == grpc.StatusCode.UNIMPLEMENTED:
             raise InvalidRequest(f"{worker_address} is no worker: name a prefill worker with --worker") from error
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            raise StoreUnavailable(
+                f"the worker at {worker_address} asks for the deployment's credentials: name the file whose security "
+                "section has them, `kvferry prefix --config FILE ...`"
+            ) from error
         raise StoreUnavailable(
             f"no worker answers at {worker_address} ({code.name}): start the deployment, or name one of its prefill "
             "workers with --worker"

@@ -12,6 +12,7 @@ from kvferry.deploy.prefix.deployment import describe
 from kvferry.kvstore.bundle_chain import Chain, chain_of
 from kvferry.kvstore.bundle_reader import BundleReader
 from kvferry.kvstore.errors import InvalidRequest
+from kvferry.proto.peer_security import PeerSecurity
 
 MAX_PROMPT_BYTES = 64 << 20
 
@@ -37,7 +38,9 @@ class PromptName:
         return f"{text}\n\n{self.question}" if self.question else text
 
 
-def chain_of_prompt(name: PromptName, text: str, *, worker: str, tenant: str, model: str | None) -> Chain:
+def chain_of_prompt(
+    name: PromptName, text: str, *, worker: str, tenant: str, model: str | None, security: PeerSecurity
+) -> Chain:
     """The chain of a prompt in the deployment that `worker` belongs to.
 
     The prompt is encoded by the code of the gateway, with the tokenizer of the worker's model. Raises InvalidRequest
@@ -50,7 +53,7 @@ def chain_of_prompt(name: PromptName, text: str, *, worker: str, tenant: str, mo
     from kvferry.deploy.prompt import PromptEncoder
     from kvferry.proto import inference_pb2
 
-    deployment = describe(worker, tenant)
+    deployment = describe(worker, tenant, security)
     try:
         tokenizer = load_tokenizer(find_model(model or deployment.model_path))
     except (UnsupportedModel, OSError) as error:
@@ -93,13 +96,14 @@ def named_chain(
     worker: str,
     tenant: str,
     model: str | None,
+    security: PeerSecurity,
 ) -> Chain:
     """The chain that a command's options name. Raises InvalidRequest, BundleDamaged, StoreUnavailable, OSError."""
     if (prompt_file is None) == (chain_of_bundle is None):
         raise InvalidRequest("name the prefix: give either --prompt-file or --chain-of")
     if prompt_file is not None:
         name = PromptName(path=prompt_file, question=question, raw=raw)
-        chain = chain_of_prompt(name, name.text(), worker=worker, tenant=tenant, model=model)
+        chain = chain_of_prompt(name, name.text(), worker=worker, tenant=tenant, model=model, security=security)
     else:
         assert chain_of_bundle is not None
         with BundleReader(chain_of_bundle) as bundle:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvferry.deploy.cli_failure import fail
 from kvferry.deploy.prefix import options as opt
+from kvferry.deploy.prefix.access import access
 from kvferry.deploy.prefix.failing import failing
 from kvferry.deploy.prefix.naming import named_chain
 from kvferry.deploy.prefix.report import size_words
@@ -15,6 +16,7 @@ from kvferry.deploy.prefix.stores import Nodes, patient_client
 from kvferry.kvstore.bundle_chain import Chain
 from kvferry.kvstore.errors import StoreUnavailable
 from kvferry.kvstore.node_answers import ListedRecord, NodeStats
+from kvferry.proto.peer_security import PeerSecurity
 
 
 def pin(
@@ -31,7 +33,7 @@ def pin(
     """Keep a prefix's blocks in the store until they are unpinned or removed. Pins may hold half of a node."""
     with failing():
         chain = _chain(prompt_file, question, raw, chain_of, until, worker, tenant, model)
-        changed = asyncio.run(_set_pins(Nodes(store), chain, unpin=False))
+        changed = asyncio.run(_set_pins(Nodes(store, security=access().peers), chain, unpin=False))
     if not all(changed):
         fail(
             f"{sum(changed)} of {len(changed)} blocks are pinned, block {changed.index(False)} is the first that is "
@@ -54,16 +56,16 @@ def unpin(
     """End the pins of a prefix's blocks, also those of other prefixes that share them."""
     with failing():
         chain = _chain(prompt_file, question, raw, chain_of, until, worker, tenant, model)
-        changed = asyncio.run(_set_pins(Nodes(store), chain, unpin=True))
+        changed = asyncio.run(_set_pins(Nodes(store, security=access().peers), chain, unpin=True))
     print(f"{sum(changed)} of {len(changed)} blocks were pinned and no longer are")
 
 
-def list_nodes(addresses: list[str], limit: int) -> None:
+def list_nodes(addresses: list[str], limit: int, security: PeerSecurity) -> None:
     """Prints what each node holds: a line for at most `limit` of its records, and its sizes."""
     with failing():
         missing = 0
         for address in addresses:
-            listed = asyncio.run(_listing(address, limit))
+            listed = asyncio.run(_listing(address, limit, security))
             if isinstance(listed, Exception):
                 missing += 1
                 print(f"{address}: {listed}")
@@ -97,6 +99,7 @@ def _chain(
         worker=worker,
         tenant=tenant,
         model=model,
+        security=access().peers,
     )
 
 
@@ -105,8 +108,10 @@ async def _set_pins(nodes: Nodes, chain: Chain, *, unpin: bool) -> list[bool]:
         return await (store.unpin(chain.keys) if unpin else store.pin(chain.keys))
 
 
-async def _listing(address: str, limit: int) -> tuple[list[ListedRecord], NodeStats] | StoreUnavailable:
-    async with patient_client(address) as client:
+async def _listing(
+    address: str, limit: int, security: PeerSecurity
+) -> tuple[list[ListedRecord], NodeStats] | StoreUnavailable:
+    async with patient_client(address, security) as client:
         try:
             stats = await client.stats()
             records: list[ListedRecord] = []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from kvferry.kvstore.client import StoreClient
 from kvferry.kvstore.config import ClientConfig
 from kvferry.kvstore.ring import StoreRing
 from kvferry.kvstore.ring_config import RingConfig
+from kvferry.proto.peer_security import PeerSecurity
 
 _LOOKUP_S = 10.0
 _GET_S = 300.0
@@ -22,6 +24,7 @@ class Nodes:
     addresses: Sequence[str]
     """host:port of each."""
     replication: int = 1
+    security: PeerSecurity = field(default_factory=PeerSecurity)
 
     def __str__(self) -> str:
         return ", ".join(self.addresses)
@@ -29,7 +32,7 @@ class Nodes:
     def open(self) -> StoreClient | StoreRing:
         """Call it on the event loop that uses it. Raises ValueError for what is no list of nodes."""
         if len(self.addresses) == 1 and self.replication == 1:
-            return patient_client(self.addresses[0])
+            return patient_client(self.addresses[0], self.security)
         config = RingConfig(
             nodes=tuple(self.addresses),
             replication=self.replication,
@@ -37,10 +40,10 @@ class Nodes:
             get_timeout_s=_GET_S,
             put_timeout_s=_PUT_S,
         )
-        return StoreRing(config, make_client=patient_client)
+        return StoreRing(config, make_client=partial(patient_client, security=self.security))
 
 
-def patient_client(address: str) -> StoreClient:
+def patient_client(address: str, security: PeerSecurity | None = None) -> StoreClient:
     """A client of one node."""
     config = ClientConfig(
         address=address,
@@ -49,4 +52,4 @@ def patient_client(address: str) -> StoreClient:
         put_timeout_s=_PUT_S,
         progress_timeout_s=_LOOKUP_S,
     )
-    return StoreClient(config)
+    return StoreClient(config, security=security)

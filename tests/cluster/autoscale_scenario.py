@@ -28,12 +28,14 @@ class AutoscaleScenario(Scenario):
         with self.step("kvferry up: one prefill and one decode worker; decode is scaled by load, 1 to 2"):
             self.kvferry("up cluster.yaml --config kvferry.yaml", timeout_s=UP_TIMEOUT_S)
         deployment = HostDeployment(self.lab, self.status())
-        learnt = Load(deployment.gateways, PROMPTS)
+        learnt = Load(deployment.gateways, PROMPTS, access=deployment.access)
         with self.step("what the answers are"):
             asyncio.run(learnt.learn())
 
         def load(num_clients: int) -> Load:
-            return Load(deployment.gateways, PROMPTS, num_clients=num_clients, oracle=learnt.oracle)
+            return Load(
+                deployment.gateways, PROMPTS, num_clients=num_clients, oracle=learnt.oracle, access=deployment.access
+            )
 
         with self.step(f"{MANY} clients: a second decode worker comes and takes requests"):
             asyncio.run(self._up(load(MANY)))

@@ -37,12 +37,12 @@ class FaultScenario(Scenario):
         with self.step("kvferry up: two prefill and two decode workers, two gateways, three store nodes; a tiny model"):
             self.kvferry("up cluster.yaml --config kvferry.yaml", timeout_s=UP_TIMEOUT_S)
         deployment = HostDeployment(lab, self.status())
-        load = Load(deployment.gateways, PROMPTS)
+        load = Load(deployment.gateways, PROMPTS, access=deployment.access)
         with self.step("what the answers are without faults"):
             asyncio.run(load.learn())
 
         def fresh() -> Load:
-            return Load(deployment.gateways, PROMPTS, oracle=load.oracle)
+            return Load(deployment.gateways, PROMPTS, oracle=load.oracle, access=deployment.access)
 
         asyncio.run(self._injections(deployment, fresh()))
         asyncio.run(self._controller(deployment, fresh()))

@@ -11,6 +11,10 @@ from typing import Any
 from lab import Host, Lab
 from support.deployment import WORKERS, Deployment
 
+from kvferry.deploy.client import ClientAccess
+from kvferry.proto.peer_security import PeerSecurity
+from kvferry.proto.token_file import read_tokens
+
 START_AGAIN_S = 240.0
 
 
@@ -41,6 +45,9 @@ class HostDeployment(Deployment):
 
     def __init__(self, lab: Lab, status: Mapping[str, Any]) -> None:
         """`status`: what `kvferry status --json` says when all is well."""
+        secrets = lab.client.root / "root" / ".kvferry"  # where `kvferry up` made them
+        self.peers = PeerSecurity(tokens=read_tokens(secrets / "cluster_token"))
+        self.access = ClientAccess(token=(secrets / "client_token").read_text().strip())
         self._hosts = [host for host in lab.hosts.values() if host is not lab.client]
         self._procs: dict[str, HostProc] = {}
         for told in status["processes"]:

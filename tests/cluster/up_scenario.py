@@ -12,6 +12,7 @@ from scenario import RECOVER_TIMEOUT_S, UP_TIMEOUT_S, Scenario, check
 ASK_TIMEOUT_S = 300.0
 DOCUMENT_TOKENS = 3000
 ASK_ATTEMPTS = 3
+CLIENT_TOKEN = "~/.kvferry/client_token"
 QUESTION = "Which port does the gateway use?"
 
 
@@ -21,7 +22,8 @@ class UpScenario(Scenario):
     def ask(self, gateway: str, question: str = QUESTION) -> tuple[list[int], dict[str, Any], str]:
         """Token ids, usage and text of an answer about the document."""
         command = (
-            f"generate --address {gateway} --prompt-file document.txt --question '{question}' --max-tokens 24 --json"
+            f"generate --address {gateway} --token-file {CLIENT_TOKEN} --prompt-file document.txt "
+            f"--question '{question}' --max-tokens 24 --json"
         )
         for attempt in range(ASK_ATTEMPTS):
             done = self.kvferry(command, timeout_s=ASK_TIMEOUT_S, may_fail=attempt + 1 < ASK_ATTEMPTS)
@@ -47,6 +49,11 @@ class UpScenario(Scenario):
         check(len(stores) == 3, f"the store nodes are on {stores}, not on three machines")
         gateway = next(p["address"] for p in status["processes"] if p["role"] == "gateway")
 
+        with self.step("strangers are refused: a client at the gateway, a member at the directory"):
+            head = next(p["address"] for p in status["processes"] if p["role"] == "directory")
+            for command in (f"generate --address {gateway} Hello", f"members --directory {head}"):
+                done = self.kvferry(command, timeout_s=60, may_fail=True)
+                check(done.returncode == 1 and "token" in done.errors, f"{command}: {done.output}{done.errors}")
         with self.step(f"first request from the fourth host, {DOCUMENT_TOKENS}-token document"):
             tokens, usage, text = self.ask(gateway)
         print(f"    {text.strip()!r}; TTFT {usage['ttft_seconds']:.1f} s, {usage['cached_tokens']} tokens cached")
@@ -107,7 +114,7 @@ class UpScenario(Scenario):
         """With Ray's own command, and a machine that is lost."""
         lab = self.lab
         with self.step("plain ray up with the documented variable, until every process is well"):
-            token = "ray get-auth-token --generate > /dev/null"
+            token = "ray get-auth-token --generate > /dev/null; kvferry token setup"
             command = f"{token}; RAY_UP_enable_autoscaler_v2=0 ray up -y --no-config-cache cluster.yaml"
             done = lab.run(lab.client, command, timeout_s=UP_TIMEOUT_S, log=self._log)
             check(done.returncode == 0, f"ray up failed: {done.output[-1500:]}{done.errors[-1500:]}")

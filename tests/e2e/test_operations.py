@@ -23,10 +23,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 from support.processes import RedisProcess
 
+from kvferry.deploy.client_access import ClientAccess
 from kvferry.deploy.operations_settings import MetricsSettings
 from kvferry.deploy.settings import Settings
+from kvferry.deploy.token_files import token_entry
 from kvferry.kvstore.metrics_endpoint import MetricsPlace
-from kvferry.proto import inference_pb2, inference_pb2_grpc
+from kvferry.proto import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvferry.proto.bearer import token_digest
+from kvferry.proto.token_file import new_token, write_secret
 
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 180.0
@@ -37,7 +41,11 @@ PROCESSES = ("store", "prefill-0", "decode-0", "gateway")
 CANARY = "zyxcanaryprompt"
 SECRET = "zyxcanarysecret"
 STOP_CANARY = "zyxcanarystop"
+CLUSTER_TOKEN, CLIENT_TOKEN, WRONG_TOKEN = (
+    f"zyxcanary{name}token{new_token()}" for name in ("cluster", "client", "wrong")
+)
 ROLE_CANARY = "zyxcanaryrole"
+TENANT_CANARY = "zyxcanarytenant"
 MODEL_CANARY = "zyxcanarymodel"
 ID_CANARY = "zyx canary id"
 TOKEN_CANARY = (41017, 41019, 41023, 41029, 41031)
@@ -60,6 +68,11 @@ class Served:
             if start >= 0:
                 lines.append(json.loads(re.sub(r"\x1b\[[0-9;]*m", "", text[start:])))
         return lines
+
+    def address_of(self, process: str) -> str:
+        """host:port of its gRPC, as its start was logged."""
+        said = f"{process} is up on "
+        return next(str(line["message"]).removeprefix(said) for line in self.lines() if said in str(line["message"]))
 
     def scrape(self, process: str, accept: str = "text/plain") -> str:
         request = urllib.request.Request(self.metrics[process], headers={"Accept": accept})
@@ -92,6 +105,9 @@ def served(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("operations")
     redis = RedisProcess(folder, "--requirepass", SECRET)
     short = Path(tempfile.mkdtemp(prefix="kvops-", dir="/tmp"))  # Ray's socket paths must be short
+    write_secret(folder / "cluster_token", CLUSTER_TOKEN)
+    entry = token_entry("a-client", CLIENT_TOKEN, tenant=TENANT_CANARY)
+    (folder / "tokens.yaml").write_text(yaml.safe_dump({"tokens": [entry]}))
     config = folder / "kvferry.yaml"
     config.write_text(
         f"model: {tiny_model('llama')}\n"
@@ -104,6 +120,7 @@ def served(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         "prefill: {port: 0, fetch: always}\n"
         "decode: {port: 0, kv_memory: 16MiB, publish_answers: false}\n"
         "log: {format: json, level: debug}\n"
+        f"security: {{cluster_token_file: {folder}/cluster_token, tokens_file: {folder}/tokens.yaml}}\n"
     )
     log = folder / "serve.log"
     environment = dict(
@@ -170,7 +187,7 @@ def _answer(stub: inference_pb2_grpc.InferenceStub, request: inference_pb2.Gener
 
 @pytest.fixture
 def stub(served: Served) -> Iterator[inference_pb2_grpc.InferenceStub]:
-    with grpc.insecure_channel(served.address) as channel:
+    with ClientAccess(token=CLIENT_TOKEN).channel(served.address) as channel:
         yield inference_pb2_grpc.InferenceStub(channel)
 
 
@@ -333,7 +350,7 @@ def test_scrape_config_has_the_default_ports() -> None:
 
 
 def test_labels_are_bounded(served: Served) -> None:
-    allowed = {"model_name", "role", "tier", "path", "node", "reason", "finished_reason", "le"}
+    allowed = {"model_name", "role", "tier", "path", "node", "reason", "outcome", "finished_reason", "le"}
     allowed |= {"roles", "kernels", "device"}
     for process in PROCESSES:
         for (name, labels), _ in served.values(process).items():
@@ -351,8 +368,10 @@ def test_one_request_id_in_every_process(served: Served, stub: inference_pb2_grp
 
     _eventually(lambda: told() == set(PROCESSES), f"every process names the request, not only {told()}")
     lines = [line for line in served.lines() if line.get("request_id") == request_id]
-    assert {line["message"] for line in lines if line["process"] == "store"} >= {"Lookup", "Put"}
+    by_store = {line["message"] for line in lines if line["process"] == "store"}
+    assert "Lookup" in by_store and by_store & {"Put", "bulk put"}
     (finished,) = [line for line in lines if line["message"] == "request finished"]
+    assert finished["client"] == "a-client"
     assert finished["process"] == "gateway" and finished["level"] == "info"
     assert finished["prompt_tokens"] == usage.prompt_tokens
     assert finished["completion_tokens"] == usage.completion_tokens == 6
@@ -383,6 +402,21 @@ def test_nothing_tells_prompts_tokens_keys_or_secrets(served: Served, stub: infe
         error = caught.value
         assert isinstance(error, grpc.Call)
         told += [str(error.details()), *(f"{key}={value!r}" for key, value in error.trailing_metadata())]
+    for token in (None, WRONG_TOKEN):
+        with ClientAccess(token=token).channel(served.address) as channel, pytest.raises(grpc.RpcError) as caught:
+            _answer(inference_pb2_grpc.InferenceStub(channel), inference_pb2.GenerateRequest(text=text))
+        told.append(str(caught.value))
+    for name in ("prefill-0", "decode-0", "store"):
+        with (
+            ClientAccess(token=WRONG_TOKEN).channel(served.address_of(name)) as channel,
+            pytest.raises(grpc.RpcError) as caught,
+        ):
+            worker_pb2_grpc.WorkerStub(channel).Describe(worker_pb2.DescribeRequest(), timeout=30)
+        told.append(str(caught.value))
+    for name in ("prefill-0", "decode-0", "store"):
+        assert served.total(name, "calls_unauthenticated_total") >= 1
+    for reason in ("missing", "unknown"):
+        assert served.total("gateway", "gateway_calls_refused_total", reason=reason) >= 1
     served.redis.kill()  # what fails now is logged: with the password?
     _answer(stub, inference_pb2.GenerateRequest(text=f"again {text}", sampling=sampling, request_id="canary-lost"))
     _eventually(
@@ -403,7 +437,9 @@ def test_nothing_tells_prompts_tokens_keys_or_secrets(served: Served, stub: infe
     told += [path.read_text(errors="replace") for path in logs]
     everything = "\n".join(told)
     assert "canary-text" in everything and "canary-lost" in everything, "the scan sees the requests"
-    for canary in (CANARY, SECRET, STOP_CANARY, ROLE_CANARY, MODEL_CANARY, ID_CANARY):
+    assert "calls were refused" in everything
+    canaries = (CANARY, SECRET, STOP_CANARY, ROLE_CANARY, MODEL_CANARY, ID_CANARY, TENANT_CANARY)
+    for canary in (*canaries, CLUSTER_TOKEN, CLIENT_TOKEN, WRONG_TOKEN, token_digest(CLIENT_TOKEN).hex()):
         assert canary not in everything
     for token_id in TOKEN_CANARY:
         assert not re.search(rf"(?<![\d.]){token_id}(?!\d)(?=[,\]\s])", "\n".join(map(str, served.lines()))), token_id

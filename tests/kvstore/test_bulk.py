@@ -13,6 +13,7 @@ from contextlib import aclosing, asynccontextmanager
 import grpc
 import grpc.aio
 import pytest
+from support.certificates import Certificates
 from support.store_processes import NAMESPACE, key_of, record_of
 
 from kvferry.kvstore import BlockCorrupt, BlockNotFound, InvalidRequest, StoreUnavailable
@@ -36,6 +37,7 @@ from kvferry.kvstore.memory_backend import MemoryBackend
 from kvferry.kvstore.server import KVStoreServer
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto import kvstore_pb2_grpc
+from kvferry.proto.peer_security import PeerSecurity
 from kvferry.proto.request_id import bind_request_id, current_request_id
 
 LIMIT_S = 20.0
@@ -431,15 +433,15 @@ async def test_a_port_that_is_taken_is_told() -> None:
         await server.stop(0.1)
 
 
-async def test_beside_credentials_no_bulk_port_is_offered() -> None:
+async def test_beside_tls_no_bulk_port_is_offered(certificates: Certificates) -> None:
     """It would be plain text beside an encrypted channel."""
-    backend = MemoryBackend(capacity_bytes=1000)
-    credentials = grpc.local_server_credentials()
-    server = KVStoreServer(backend, NodeConfig(bulk_port=0), credentials=credentials)
+    security = PeerSecurity(tls=certificates.node())
+    server = KVStoreServer(MemoryBackend(capacity_bytes=1000), NodeConfig(bulk_port=0), security=security)
     assert server.bulk is None
     await server.start()
-    client = StoreClient(ClientConfig(address=server.address), credentials=grpc.local_channel_credentials())
+    client = StoreClient(ClientConfig(address=server.address), security=security)
     assert client._getter._bulk is None
+    assert (await client.stats()).records == 0
     await client.close()
     await server.stop(0.1)
 

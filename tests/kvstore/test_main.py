@@ -53,7 +53,10 @@ async def test_serves_and_drains_on_sigterm(
     [
         (["--port", "70000"], "port must be 0..65535"),
         (["--redis", "http://127.0.0.1"], "redis://"),
-        (["--host", "192.0.2.1", "--port", "0"], "cannot listen on 192.0.2.1"),
+        (["--host", "192.0.2.1", "--port", "0", "--insecure"], "cannot listen on 192.0.2.1"),
+        (["--host", "192.0.2.1", "--port", "0"], "192.0.2.1:0 may be reached by others"),
+        (["--tls-cert", "x"], "--tls-cert, --tls-key and --tls-ca go together"),
+        (["--cluster-token-file", "/nowhere/token"], "/nowhere/token"),
         (["--disk", "/nowhere"], "--disk and --disk-bytes go together"),
         (["--redis-cluster", "localhost"], "not host:port"),
         (["--redis", "redis://x", "--redis-cluster", "x:1"], "exactly one of"),

@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvferry.proto.peer_security import PeerSecurity
 from support.deployment import Deployment
 from support.processes import free_port
 
@@ -110,12 +111,15 @@ class Forge:
 class Cluster(Deployment):
     """Use it as a context manager. Every process logs to its own file in `folder`."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, *, security: str = "", peers: PeerSecurity | None = None) -> None:
+        """`security`: that section of the configuration; `peers`: what these tests show the processes then."""
         self.folder = folder
-        self._config = folder / "kvferry.yaml"
-        self._config.write_text(
+        self.peers = peers or PeerSecurity()
+        self.config = folder / "kvferry.yaml"
+        self.config.write_text(
             f"model: {model}\nserved_model_name: tiny\ndtype: float32\npreset: kv16\nblock_size: 32\nthreads: 1\n"
             "decode: {kv_memory: 32MiB, prefix_caching: false}\nprefill: {fetch: always}\nstore: {memory: 64MiB}\n"
+            f"{security}"
         )
         self._procs: dict[str, LocalProc] = {}
         self._forge = Forge()
@@ -144,10 +148,10 @@ class Cluster(Deployment):
     def start(self, proc: LocalProc) -> None:
         port = ["--port", str(proc.port)]
         directory = ["--directory", self.directory.address]
-        config = ["--config", str(self._config)]
+        config = ["--config", str(self.config)]
         drain = ["--drain-timeout", "20"]
         args = {
-            "directory": ["directory", *port, "--state", str(self.folder / "epochs")],
+            "directory": ["directory", *port, *config, "--state", str(self.folder / "epochs")],
             "store": ["store", *port, *directory, *config],
             "prefill": ["worker", "--role", "prefill", *port, *directory, *config, *drain],
             "decode": ["worker", "--role", "decode", *port, *directory, *config, *drain],

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvferry.deploy.client import AsyncClient
+from kvferry.deploy.client import AsyncClient, ClientAccess
 
 MAX_TOKENS = 48
 TIMEOUT_S = 120.0
@@ -27,6 +27,8 @@ class Load:
     gateways: list[str]
     prompts: list[list[int]]
     num_clients: int = 4
+    access: ClientAccess = field(default_factory=ClientAccess)
+    """What the gateways ask for."""
     oracle: dict[int, dict[int, list[int]]] = field(default_factory=dict)
     num_done: int = 0
     problems: list[str] = field(default_factory=list)
@@ -35,7 +37,7 @@ class Load:
 
     async def learn(self) -> None:
         """What each request's tokens are, without faults."""
-        async with AsyncClient(self.gateways) as client:
+        async with AsyncClient(self.gateways, access=self.access) as client:
             for number in range(len(self.prompts)):
                 self.oracle[number] = await self._ask(client, number)
 
@@ -59,7 +61,7 @@ class Load:
         return max((length for began, length in self.gaps if began + length >= when), default=0.0)
 
     async def _run(self) -> None:
-        async with AsyncClient(self.gateways) as client:
+        async with AsyncClient(self.gateways, access=self.access) as client:
             while not self._stopping:
                 place = next(self._numbers)
                 client._gateways.current = place % len(self.gateways)  # so that every gateway has requests

@@ -17,6 +17,8 @@ import grpc
 
 from kvferry.deploy.directory_client import list_members
 from kvferry.proto import gateway_pb2, gateway_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvferry.proto.grpc_options import channel_options
+from kvferry.proto.peer_security import PeerSecurity
 
 JOIN_S = 60.0
 ASK_S = 1.0
@@ -40,6 +42,8 @@ class Proc(Protocol):
 
 
 class Deployment(ABC):
+    peers = PeerSecurity()
+    """What its processes ask each other for, and these tests."""
     join_s = JOIN_S
     """How long a process may take to take part."""
 
@@ -86,7 +90,8 @@ class Deployment(ABC):
 
     async def members(self, timeout_s: float = 5.0) -> set[str]:
         """Addresses. Raises OSError when the directory does not answer."""
-        return {member.address for member in (await list_members(self.directory.address, timeout_s=timeout_s)).members}
+        known = await list_members(self.directory.address, security=self.peers, timeout_s=timeout_s)
+        return {member.address for member in known.members}
 
     async def _joined(self, procs: tuple[Proc, ...]) -> bool:
         for proc in procs:
@@ -112,7 +117,7 @@ class Deployment(ABC):
 
     async def gateway_stats(self, proc: Proc) -> gateway_pb2.GatewayStats | None:
         """None when it does not answer."""
-        async with grpc.aio.insecure_channel(proc.address) as channel:
+        async with self.peers.channel(proc.address, channel_options()) as channel:
             try:
                 return await gateway_pb2_grpc.GatewayStub(channel).Stats(gateway_pb2.StatsRequest(), timeout=ASK_S)
             except grpc.aio.AioRpcError:
@@ -120,7 +125,7 @@ class Deployment(ABC):
 
     async def calls(self, proc: Proc) -> worker_pb2.CallStats | None:
         """What a worker says of its calls; None when it does not answer."""
-        async with grpc.aio.insecure_channel(proc.address) as channel:
+        async with self.peers.channel(proc.address, channel_options()) as channel:
             try:
                 stats = await worker_pb2_grpc.WorkerStub(channel).Stats(worker_pb2.StatsRequest(), timeout=ASK_S)
             except grpc.aio.AioRpcError:

@@ -40,7 +40,8 @@ def test_shipped_files_start_the_deployment_last_with_the_token_and_a_closed_das
         text = " ".join(commands)
         assert "RAY_AUTH_MODE=token ray start" in text
         assert "ray stop" not in text  # it would end every Ray of the machine
-    assert {"~/kvferry.yaml", "~/.ray/auth_token"} == raw["file_mounts"].keys()
+    tokens = {"~/.ray/auth_token", "~/.kvferry/cluster_token", "~/.kvferry/tokens.yaml"}
+    assert {"~/kvferry.yaml", *tokens} == raw["file_mounts"].keys()
 
 
 def test_the_shipped_configuration_is_valid_and_asks_for_the_machines_of_the_shipped_cluster() -> None:
