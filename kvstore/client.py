@@ -140,9 +140,11 @@ class StoreClient:
                             keys, namespace=namespace, lease_id=lease_id, timeout_s=timeout
                         )
                     reads = await reader.next()
-                for num_bytes, check in reads:
+                for read in reads:
+                    num_bytes, record = read
                     try:
-                        record = await check
+                        if type(record) is not Record:
+                            record = await read.checked()
                     except BlockCorrupt as error:
                         self.counters.corrupt += 1
                         await reader.close()

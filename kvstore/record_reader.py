@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import grpc.aio
 
 from kvferry.kvstore.codec import Buffer, Record
-from kvferry.kvstore.errors import KVStoreError, StoreUnavailable
+from kvferry.kvstore.errors import BlockCorrupt, KVStoreError, StoreUnavailable
 from kvferry.kvstore.record_stream import RecordAssembler
 
 # A reader holds so many records beside the one that the caller has.
@@ -17,10 +17,17 @@ _RECORDS_AHEAD = 2
 
 
 class Read(NamedTuple):
-    """A record that has come, and its check, which may be running still and raises BlockCorrupt."""
+    """A record that has come."""
 
     num_bytes: int
-    check: Awaitable[Record]
+    outcome: Record | BlockCorrupt | Awaitable[Record]
+    """Of its check; one that is running still raises BlockCorrupt."""
+
+    async def checked(self) -> Record:
+        """The record. Raises BlockCorrupt."""
+        if isinstance(self.outcome, BlockCorrupt):
+            raise self.outcome
+        return self.outcome if isinstance(self.outcome, Record) else await self.outcome
 
 
 class Reader(Protocol):
@@ -70,9 +77,9 @@ class RecordReader:
         while not self._ahead.empty():
             item = self._ahead.get_nowait()
             if isinstance(item, Read):
-                check = asyncio.ensure_future(item.check)
-                check.cancel()
-                await asyncio.gather(check, return_exceptions=True)
+                assert isinstance(item.outcome, asyncio.Future)
+                item.outcome.cancel()
+                await asyncio.gather(item.outcome, return_exceptions=True)
 
     async def _read_all(self) -> None:
         try:
