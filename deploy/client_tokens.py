@@ -30,6 +30,7 @@ _logger = logging.getLogger(__name__)
 POLL_S = 1.0
 """Between two looks at the file."""
 MAX_TOKENS = 100_000
+MAX_BYTES = 64 << 20
 _PREFIX_BYTES = 4
 
 
@@ -90,14 +91,16 @@ def check_entry(entry: dict[str, object]) -> None:
 
 def read_client_tokens(path: Path) -> list[ClientToken]:
     """Raises ValueError, which names the file and the key and repeats no value, and OSError."""
-    text = path.expanduser().read_text()
+    size = path.expanduser().stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{path} is no file of tokens: it has {size:,} bytes, and {MAX_BYTES:,} are allowed")
     try:
-        file = _File.model_validate(yaml.safe_load(text))
+        file = _File.model_validate(yaml.safe_load(path.expanduser().read_text()))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ValueError(f"{path} is no file of tokens: {where}: {first['msg']}; see docs/security.md") from None
-    except (yaml.YAMLError, UnicodeDecodeError):  # their messages quote the file
+    except (yaml.YAMLError, ValueError, RecursionError):  # their messages quote the file
         raise ValueError(f"{path} is no file of tokens: it is not YAML; see docs/security.md") from None
     for field in ("name", "sha256"):
         values = [getattr(entry, field) for entry in file.tokens]

@@ -39,7 +39,7 @@ class PromptName:
 
 
 def chain_of_prompt(
-    name: PromptName, text: str, *, worker: str, tenant: str, model: str | None, security: PeerSecurity
+    name: PromptName, text: str, *, worker: str, tenant: str, model: str | None, security: PeerSecurity | None = None
 ) -> Chain:
     """The chain of a prompt in the deployment that `worker` belongs to.
 
@@ -96,7 +96,7 @@ def named_chain(
     worker: str,
     tenant: str,
     model: str | None,
-    security: PeerSecurity,
+    security: PeerSecurity | None = None,
 ) -> Chain:
     """The chain that a command's options name. Raises InvalidRequest, BundleDamaged, StoreUnavailable, OSError."""
     if (prompt_file is None) == (chain_of_bundle is None):

@@ -262,6 +262,8 @@ DIGEST = "ab" * 32
             "same name",
         ),
         (f"tokens:\n- {{name: a, sha256: {DIGEST}, tenant: t\n  oops", "not YAML"),
+        (f"tokens: [{{name: a, sha256: {DIGEST}, tenant: t, expires: 2027-13-45}}]", "not YAML"),
+        ("[" * 5000, "not YAML"),
     ],
 )
 def test_what_is_no_file_of_tokens(text: str, said: str, tmp_path: Path) -> None:
