@@ -34,7 +34,7 @@ from kvferry.kvstore.record_reader import Read
 from kvferry.proto.request_id import current_request_id
 
 AHEAD_BYTES = 4 * MIB
-"""What waits for one caller, a record more or less; with 2 MiB a loop that is a millisecond late holds the thread up."""
+"""What waits for one caller, about. With 2 MiB a loop that is a millisecond late holds the thread up: 3 to 10 %."""
 _WAKE_BYTES = MIB
 _SLOW_S = 0.001
 
