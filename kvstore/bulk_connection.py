@@ -40,7 +40,7 @@ HELLO_TIMEOUT_S = 2.0
 REQUEST_TIMEOUT_S = 5.0  # from a request's first byte to its last
 IDLE_TIMEOUT_S = 60.0
 MAX_AGE_S = 300.0  # then the client opens a new session, and is authenticated again
-_FRAME_BYTES = 1 << 20  # about: a client is woken once a frame
+_FRAME_BYTES = 1 << 20  # about
 
 
 class BulkService:
