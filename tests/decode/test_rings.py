@@ -12,7 +12,7 @@ from support.decode_calls import Inside
 from kvferry.decode.config import DecodeConfig
 from kvferry.deploy.worker_server import ModelRuntime
 
-FAMILIES = ("mistral", "gemma2", "gemma3_text")
+FAMILIES = ("mistral", pytest.param("gemma2", marks=pytest.mark.deep), "gemma3_text")
 WINDOW, BLOCK_SIZE = 75, 32
 PROMPT, ANSWER = 7 * BLOCK_SIZE + 5, 150
 

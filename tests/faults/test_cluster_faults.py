@@ -21,6 +21,7 @@ DEEP = bool(os.environ.get("KVFERRY_DEEP"))
 NUM_PROMPTS = 10
 PROMPT_TOKENS = 700
 ORDINARY = [("decode", STOP), ("prefill", KILL), ("gateway", STOP), ("store", KILL), ("directory", KILL)]
+NUM_RESTART_REQUESTS = 200
 DEEP_ROUNDS = 9
 """Of five kinds: 45 injections."""
 
@@ -78,10 +79,10 @@ async def test_killed_and_stopped_processes(cluster: Cluster, load: Load, capsys
     await assert_nothing_is_left(cluster)
 
 
-@pytest.mark.timeout(1800 if DEEP else 300)
+@pytest.mark.deep
+@pytest.mark.timeout(1800)
 async def test_rolling_restart(cluster: Cluster, load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     """Every process in turn gets SIGTERM, drains, ends with 0 and is started again: no request fails."""
-    wanted = 200 if DEEP else 20
     async with load:
         while True:
             for proc in list(cluster.procs.values()):
@@ -92,12 +93,11 @@ async def test_rolling_restart(cluster: Cluster, load: Load, capsys: pytest.Capt
                 await cluster.until_joined(proc)
                 async with asyncio.timeout(LIMIT_S):
                     await load.until_done(done + 1)
-            if load.num_done >= wanted:
+            if load.num_done >= NUM_RESTART_REQUESTS:
                 break
     assert not load.problems, load.problems
-    if DEEP:
-        with capsys.disabled():
-            print(f"\nrolling restarts: {load.num_done} requests, {len(load.problems)} failed")
+    with capsys.disabled():
+        print(f"\nrolling restarts: {load.num_done} requests, {len(load.problems)} failed")
     await assert_nothing_is_left(cluster)
 
 

@@ -73,7 +73,11 @@ async def collect(client: AsyncClient, at: int, then: Callable[[], None], **opti
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.9, "seed": 4, "frequency_penalty": 0.5}], ids=["greedy", "sampled"]
+    "options",
+    [
+        pytest.param({}, id="greedy", marks=pytest.mark.deep),
+        pytest.param({"temperature": 0.9, "seed": 4, "frequency_penalty": 0.5}, id="sampled"),
+    ],
 )
 async def test_decode_lost_at_any_token(cluster: Cluster, options: dict[str, Any]) -> None:
     """Nobody chose the worker that is lost, so both are tried: about half of the rounds lose it."""

@@ -69,7 +69,7 @@ async def is_decoding(worker: RankWorkerProcess) -> bool:
     return bool(stats.decode.num_running)
 
 
-@pytest.mark.parametrize("kind", ["tensor_parallel", "context_parallel"])
+@pytest.mark.parametrize("kind", ["tensor_parallel", pytest.param("context_parallel", marks=pytest.mark.deep)])
 async def test_a_killed_follower_ends_its_worker_and_the_answer_goes_on_elsewhere(
     model: str, start_worker: Callable[..., RankWorkerProcess], make_prompt: Any, kind: str
 ) -> None:
