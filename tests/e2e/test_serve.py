@@ -19,21 +19,21 @@ START_LIMIT_S = 180.0
 STOP_LIMIT_S = 60.0
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Ray writes an authentication token below HOME."""
-    home = tmp_path / "home"
-    home.mkdir()
+    home = tmp_path_factory.mktemp("home")
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return dict(os.environ, HOME=str(home), XDG_CACHE_HOME=cache)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def served(
-    tiny_model: Callable[[str], Path], tmp_path: Path, environment: dict[str, str]
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[str], str, Path]]:
     """`kvferry serve` on free ports: (process, address, log)."""
-    config = tmp_path / "kvferry.yaml"
+    folder = tmp_path_factory.mktemp("served")
+    config = folder / "kvferry.yaml"
     config.write_text(
         f"model: {tiny_model('qwen3')}\n"
         "preset: kv16\n"
@@ -43,7 +43,7 @@ def served(
         "prefill: {port: 0, fetch: always}\n"
         "decode: {port: 0, kv_memory: 16MiB}\n"
     )
-    log = tmp_path / "serve.log"
+    log = folder / "serve.log"
     with log.open("w") as stream:
         process = subprocess.Popen(
             [KVFERRY, "serve", "--config", str(config)], stdout=stream, stderr=stream, text=True, env=environment
@@ -70,6 +70,22 @@ def _wait_for_address(process: subprocess.Popen[str], log: Path) -> str:
 def _generate(address: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [KVFERRY, "generate", "--address", address, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def test_bench_serve(
+    served: tuple[subprocess.Popen[str], str, Path], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """The whole product under load; tests/e2e/test_bench_serve.py looks at what is reported."""
+    _, address, log = served
+    result_path = tmp_path / "bench.json"
+    command = [KVFERRY, "bench", "serve", "--address", address, "--json", str(result_path)]
+    command += ["--num-prompts", "8", "--input-len", "70", "--output-len", "6", "--max-concurrency", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr + log.read_text()
+    result = json.loads(result_path.read_text())
+    assert (result["completed"], result["failed"], result["wrong_length"]) == (8, 0, 0)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (8 * 70, 8 * 6)
+    assert result["kv_bytes_moved"] > 0
 
 
 def test_serve_generate_and_stop(
@@ -113,22 +129,6 @@ def test_serve_generate_and_stop(
         time.sleep(0.2)
         left = [pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
     assert not left
-
-
-def test_bench_serve(
-    served: tuple[subprocess.Popen[str], str, Path], tmp_path: Path, environment: dict[str, str]
-) -> None:
-    """The whole product under load; tests/e2e/test_bench_serve.py looks at what is reported."""
-    _, address, log = served
-    result_path = tmp_path / "bench.json"
-    command = [KVFERRY, "bench", "serve", "--address", address, "--json", str(result_path)]
-    command += ["--num-prompts", "8", "--input-len", "70", "--output-len", "6", "--max-concurrency", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert done.returncode == 0, done.stderr + log.read_text()
-    result = json.loads(result_path.read_text())
-    assert (result["completed"], result["failed"], result["wrong_length"]) == (8, 0, 0)
-    assert (result["total_input_tokens"], result["total_output_tokens"]) == (8 * 70, 8 * 6)
-    assert result["kv_bytes_moved"] > 0
 
 
 def test_demo_on_the_real_model(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.deep
 def test_two_nodes_one_killed_and_taken_out(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     done = subprocess.run(
