@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 
 from kvferry.kvstore.breaker import Breaker, BreakerState
-from kvferry.kvstore.client_channel import store_channel_options, translate
+from kvferry.kvstore.client_channel import store_channel_options, translate, whole
 from kvferry.kvstore.client_counters import ClientCounters
 from kvferry.kvstore.client_get import RecordGetter
 from kvferry.kvstore.client_put import RecordPutter
@@ -104,8 +104,8 @@ class StoreClient:
         """
         request = pb.LookupRequest(keys=_checked_keys(keys), lease_ms=int(lease_s * 1000))
         with self._answering():
-            reply = await self._stub.Lookup(
-                request, timeout=self._unary_timeout(timeout_s), metadata=request_id_metadata()
+            reply = whole(
+                await self._stub.Lookup(request, timeout=self._unary_timeout(timeout_s), metadata=request_id_metadata())
             )
         return LookupResult(
             num_contiguous=min(reply.num_contiguous, len(keys)),
@@ -189,20 +189,20 @@ class StoreClient:
         """Removes records; returns how many there were."""
         request = pb.DeleteRequest(keys=_checked_keys(keys))
         with self._answering():
-            reply = await self._stub.Delete(request, timeout=self._unary_timeout(timeout_s))
+            reply = whole(await self._stub.Delete(request, timeout=self._unary_timeout(timeout_s)))
         return reply.deleted
 
     async def delete_all(self, *, timeout_s: float | None = None) -> int:
         """Removes every record of the node; returns how many there were."""
         timeout = self._config.get_timeout_s if timeout_s is None else timeout_s
         with self._answering():
-            reply = await self._stub.Delete(pb.DeleteRequest(all=True), timeout=timeout)
+            reply = whole(await self._stub.Delete(pb.DeleteRequest(all=True), timeout=timeout))
         return reply.deleted
 
     async def stats(self, *, timeout_s: float | None = None) -> NodeStats:
         """Counters and sizes of the node."""
         with self._answering():
-            reply = await self._stub.Stats(pb.StatsRequest(), timeout=self._unary_timeout(timeout_s))
+            reply = whole(await self._stub.Stats(pb.StatsRequest(), timeout=self._unary_timeout(timeout_s)))
         return node_stats(reply)
 
     async def put_many(
@@ -243,8 +243,10 @@ class StoreClient:
         while True:
             request = pb.ListRequest(page_token=token, page_size=page_size)
             with self._answering():
-                reply = await self._stub.List(
-                    request, timeout=self._config.put_timeout_s if timeout_s is None else timeout_s
+                reply = whole(
+                    await self._stub.List(
+                        request, timeout=self._config.put_timeout_s if timeout_s is None else timeout_s
+                    )
                 )
             for entry in reply.entries:
                 yield listed_record(entry)
@@ -332,7 +334,7 @@ class StoreClient:
         request = pb.PinRequest(keys=_checked_keys(keys), unpin=unpin)
         timeout = self._config.put_timeout_s if timeout_s is None else timeout_s
         with self._answering():
-            reply = await self._stub.Pin(request, timeout=timeout)
+            reply = whole(await self._stub.Pin(request, timeout=timeout))
             if len(reply.changed) != len(keys):
                 raise StoreUnavailable("the node did not say what came of every key")
         return list(reply.changed)

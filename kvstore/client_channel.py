@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import grpc
 import grpc.aio
 
@@ -14,6 +16,16 @@ from kvferry.kvstore.errors import (
     StoreUnavailable,
 )
 from kvferry.proto.grpc_options import Options, channel_options
+
+T = TypeVar("T")
+
+
+def whole(reply: T | None) -> T:
+    """The answer of a call. grpc.aio gives None, and no error, for one whose message was damaged on its way. Raises
+    StoreUnavailable."""
+    if reply is None:
+        raise StoreUnavailable("the node's answer came without a message")
+    return reply
 
 
 def translate(error: grpc.aio.AioRpcError, address: str, exhausted: type[KVStoreError]) -> KVStoreError:

@@ -10,6 +10,7 @@ import grpc.aio
 
 from kvferry.kvstore.bulk_client import BulkConnections
 from kvferry.kvstore.bulk_reader import BulkReader
+from kvferry.kvstore.client_channel import whole
 from kvferry.kvstore.client_counters import ClientCounters
 from kvferry.kvstore.codec import Buffer, Record, decode_moved_record
 from kvferry.kvstore.config import ClientConfig
@@ -45,7 +46,7 @@ class RecordGetter:
         )
 
         async def open_session() -> pb.OpenBulkReply:
-            reply: pb.OpenBulkReply = await open_bulk(pb.OpenBulkRequest(), timeout=config.lookup_timeout_s)
+            reply: pb.OpenBulkReply = whole(await open_bulk(pb.OpenBulkRequest(), timeout=config.lookup_timeout_s))
             return reply
 
         self._verifier = Verifier()

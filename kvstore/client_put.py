@@ -14,6 +14,7 @@ import grpc.aio
 from kvferry.kvstore.bulk_client import BulkConnections
 from kvferry.kvstore.bulk_frames import MAX_RECORDS
 from kvferry.kvstore.bulk_giving import Given, give_records
+from kvferry.kvstore.client_channel import whole
 from kvferry.kvstore.client_counters import ClientCounters
 from kvferry.kvstore.config import FRAME_BYTES, MIB, ClientConfig
 from kvferry.kvstore.errors import StoreUnavailable
@@ -47,7 +48,7 @@ class RecordPutter:
         )
 
         async def open_session() -> pb.OpenBulkReply:
-            return await self._stub.OpenBulkPuts(pb.OpenBulkRequest(), timeout=config.lookup_timeout_s)
+            return whole(await self._stub.OpenBulkPuts(pb.OpenBulkRequest(), timeout=config.lookup_timeout_s))
 
         self._bulk: BulkConnections | None = None
         if can_use_bulk and config.use_bulk:
@@ -58,7 +59,7 @@ class RecordPutter:
         given = await self._over_bulk([(key, record)], timeout_s)
         if given is not None:
             return given
-        reply = await self._put(_put_frames(key, record), timeout=timeout_s, metadata=request_id_metadata())
+        reply = whole(await self._put(_put_frames(key, record), timeout=timeout_s, metadata=request_id_metadata()))
         stored = reply.outcome == pb.PutReply.STORED
         return Given([PutManyOutcome.STORED if stored else PutManyOutcome.EXISTED], "")
 
@@ -73,10 +74,12 @@ class RecordPutter:
             outcomes |= zip(range(start, end), given.outcomes, strict=True)
         left = [i for i in range(len(outcomes), len(records)) if len(records[i][1]) <= FRAME_BYTES]
         if left:
-            reply = await self._stub.PutMany(
-                put_many_frames([records[i] for i in left]),
-                timeout=max(0.0, deadline - time.monotonic()),
-                metadata=request_id_metadata(),
+            reply = whole(
+                await self._stub.PutMany(
+                    put_many_frames([records[i] for i in left]),
+                    timeout=max(0.0, deadline - time.monotonic()),
+                    metadata=request_id_metadata(),
+                )
             )
             if len(reply.outcomes) != len(left):
                 raise StoreUnavailable("the node did not say what came of every record")

@@ -23,6 +23,7 @@ from kvferry.kvstore import (
     block_keys,
 )
 from kvferry.kvstore.breaker import BreakerState
+from kvferry.kvstore.client_channel import whole
 from kvferry.proto import kvstore_pb2 as pb
 from kvferry.proto import kvstore_pb2_grpc
 
@@ -227,3 +228,10 @@ async def test_close_is_idempotent_and_stops_probing(keys: list[bytes]) -> None:
 def test_impossible_settings_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         ClientConfig(**{"address": "127.0.0.1:1", **change})
+
+
+async def test_an_answer_without_a_message_is_a_lost_store() -> None:
+    """What grpc.aio makes of an answer that was damaged on its way."""
+    with pytest.raises(StoreUnavailable, match="without a message"):
+        whole(None)
+    assert whole(b"") == b""
